@@ -1,0 +1,53 @@
+# One folder, .venv, holds everything that the workstation needs; `make` alone lists what can be made.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard kernels/*.py host/*.py device/*.py)
+TINY := build/tiny
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-device test-arm64 bench-main wheel clean distclean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+venv: .venv/.stamp  ## everything in .venv: host, both runtimes, test tools, at the tested versions
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt -e '.[host,onnx,litert,images,demo,test]'
+	@# Its wheel is tied to another build of torch; without its C++ operators the networks still work.
+	$(PIP) install -q -c constraints.txt --no-deps torchvision
+	@touch $@
+
+demo: venv  ## build, run and recalibrate a small network; the report is in demo_out/
+	$(BIN)/python benchmarks/demo.py --out demo_out
+
+test: venv  ## lint, format, and every test on the workstation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest
+
+test-device: wheel $(TINY)/.stamp  ## the installed wheel without torch, with Numba and without
+	tests/device_env.sh build/wheel/*.whl $(TINY)/bundle
+
+test-arm64: wheel $(TINY)/.stamp  ## the installed wheel on an emulated Raspberry Pi 4
+	tests/arm64_env.sh build/wheel/*.whl $(TINY)/bundle
+
+bench-main: venv  ## the main job, side by side with the peers
+	$(BIN)/python benchmarks/main_job.py
+
+wheel: venv  ## the wheel, in build/wheel
+	@rm -rf build/lib build/bdist* build/wheel  # setuptools would pack modules that were deleted since
+	$(PIP) wheel -q --no-deps -w build/wheel .
+
+$(TINY)/.stamp: .venv/.stamp tests/tiny_model.py tests/tiny_bundle.py $(SOURCES)
+	rm -rf $(TINY)
+	$(BIN)/python tests/tiny_bundle.py $(TINY)
+	@touch $@
+
+clean:  ## remove what was built, keep .venv and the emulated Pi
+	rm -rf build dist demo_out bench_out .pytest_cache .ruff_cache .numba_cache
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.arm64/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove those as well
+	rm -rf .venv .arm64 *.egg-info

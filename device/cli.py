@@ -1,0 +1,489 @@
+"""`edgesolve`: one command. Imports happen inside the commands, so that `predict` starts fast."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from edgesolve.device.errors import EdgeError, InputError, UsageError
+
+EXIT_CODES = """exit codes: 0 done (any decision of recalibrate) · 1 a defect of ours · 2 usage · 3 bundle damaged or too new ·
+4 signature · 5 parity failed · 6 runtime or extra missing · 7 input outside the contract · 8 state unusable ·
+9 busy · 10 kept, 11 proposed (with --exit-code) · 12 bench invalid (--strict) · 13 regression · 14 doctor fault"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(argv)
+    except EdgeError as error:
+        if "--json" in argv:
+            print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+        print(f"edgesolve: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("edgesolve: interrupted; nothing was changed.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except Exception as error:
+        if "-v" in argv:
+            raise
+        print(
+            f"edgesolve: a defect: {type(error).__name__}: {error} (run again with -v for the traceback)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    argv = [a for a in argv if a != "-v"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"edgesolve {version('edgesolve')}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name in COMMANDS:
+        command, build, _ = COMMANDS[name]
+        parser = argparse.ArgumentParser(
+            f"edgesolve {name}",
+            description=command.__doc__,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        build(parser)
+        if not any("--json" in action.option_strings for action in parser._actions):
+            parser.add_argument("--json", action="store_true", help="machine-readable result")
+        return command(parser.parse_args(rest))
+    return _plugin(name, rest)
+
+
+def _plugin(name: str, rest: list[str]) -> int:
+    """Commands of other parts (the host's `build`), known from package metadata alone until they run."""
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="edgesolve.commands"):
+        if point.name == name:
+            try:
+                return point.load()(rest)
+            except ModuleNotFoundError as error:
+                raise _missing(name, error) from error
+    raise UsageError(f"{name}: no such command. edgesolve --help lists them.")
+
+
+def _missing(name: str, error: ModuleNotFoundError) -> EdgeError:
+    from edgesolve.device.errors import BackendError
+
+    return BackendError(
+        f"edgesolve {name} needs {error.name}, which is not installed: pip install 'edgesolve[host]'"
+    )
+
+
+def _overview() -> str:
+    from importlib.metadata import entry_points
+
+    lines = [
+        "usage: edgesolve COMMAND …",
+        "",
+        "Run and recalibrate a compressed CNN on a small device.",
+        "",
+    ]
+    lines += [f"  {name:<14} {text}" for name, (_, _, text) in COMMANDS.items()]
+    names = sorted(p.name for p in entry_points(group="edgesolve.commands"))
+    lines += [f"  {name:<14} on the workstation: needs edgesolve[host]" for name in names]
+    lines += ["", "edgesolve COMMAND --help has an example.", "", EXIT_CODES]
+    return "\n".join(lines)
+
+
+# -- arguments ---------------------------------------------------------------------------------
+
+
+def _bundle(p):
+    p.add_argument("bundle", metavar="BUNDLE")
+
+
+def _running(p):
+    _bundle(p)
+    p.add_argument(
+        "--state", metavar="DIR", help="what was learnt here (default: per bundle, see status)"
+    )
+    p.add_argument("--backend", choices=("auto", "onnx", "litert"), default="auto")
+    p.add_argument("--threads", type=int, default=1)
+
+
+def _with_input(p):
+    _running(p)
+    p.add_argument("input", metavar="INPUT", help="image, folder, .npy or .npz with x (n, h, w, c)")
+
+
+def _recalibrate_arguments(p):
+    _with_input(p)
+    p.add_argument(
+        "--labels", metavar="F", help=".npy of class indices, -1 = unlabelled; or a JSON list"
+    )
+    p.add_argument(
+        "--use-labels", action="store_true", help="learn from the y stored in an .npz INPUT"
+    )
+    p.add_argument(
+        "--mode", choices=("auto", "backbone", "head"), default="auto", help="what may change"
+    )
+    p.add_argument("--frames", type=int, default=512, help="largest window that is looked at")
+    p.add_argument("--seconds", type=float, help="time budget")
+    p.add_argument("--memory-mib", type=float, help="memory budget")
+    p.add_argument("--dry-run", action="store_true", help="decide and show, write nothing")
+    p.add_argument("--exit-code", action="store_true", help="10 for kept, 11 for proposed")
+
+
+def _bench_arguments(p):
+    _running(p)
+    p.add_argument("second", nargs="?", metavar="B.json", help="with: bench compare A.json B.json")
+    p.add_argument("third", nargs="?", help=argparse.SUPPRESS)
+    p.add_argument("--mode", choices=("steady",), default="steady")
+    p.add_argument("--against", metavar="MODEL", help="an .onnx or .tflite file, interleaved")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--runs", type=int, default=200)
+    p.add_argument("--quick", action="store_true", help="one repeat, 64 runs")
+    p.add_argument("--strict", action="store_true", help="exit 12 if the run is INVALID")
+    p.add_argument("--out", metavar="R.json")
+    p.add_argument("--html", metavar="R.html")
+
+
+def _verify_arguments(p):
+    _bundle(p)
+    p.add_argument("--backend", choices=("all", "onnx", "litert"), default="all")
+    p.add_argument("--threads", type=int, default=1)
+
+
+def _nothing(p):
+    pass
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+
+def inspect(args) -> int:
+    """What is in a bundle: sizes, multiply-adds, accuracy, layers.
+
+    example: edgesolve inspect resnet20.bundle"""
+    from edgesolve.device import views
+    from edgesolve.device.bundle import open_bundle
+
+    bundle = open_bundle(args.bundle)
+    found = views.inspect(bundle)
+    _print(args, found, views.inspect_text)
+    return 0
+
+
+def verify(args) -> int:
+    """Check every hash, and every backend's answers on this machine.
+
+    example: edgesolve verify resnet20.bundle"""
+    from edgesolve.device import views
+    from edgesolve.device.bundle import open_bundle
+    from edgesolve.device.verify import verify as check
+
+    backends = None if args.backend == "all" else [args.backend]
+    _print(
+        args,
+        check(open_bundle(args.bundle), backends=backends, threads=args.threads),
+        views.verify_text,
+    )
+    return 0
+
+
+def predict(args) -> int:
+    """Class and score of every item.
+
+    example: edgesolve predict resnet20.bundle photo.png"""
+    runtime, found = _open(args)
+    from edgesolve.device import views
+    from edgesolve.device.gate import softmax
+
+    frames = runtime.bundle.contract.check(found.frames, args.input)
+    scores = softmax(runtime.logits(frames))
+    best = scores.argmax(1)
+    items = [
+        {
+            "name": name,
+            "top1": int(k),
+            "class": runtime.bundle.classes[k],
+            "score": round(float(s[k]), 6),
+        }
+        for name, k, s in zip(found.names, best, scores, strict=True)
+    ]
+    result = {"items": items, "skipped": found.skipped, "generation": runtime.generation}
+    _print(args, result, views.predict_text)
+    return 0
+
+
+def evaluate(args) -> int:
+    """Accuracy where labels are there, agreement with the original network, per class.
+
+    example: edgesolve eval resnet20.bundle test.npz"""
+    runtime, found = _open(args)
+    from edgesolve.device import views
+    from edgesolve.device.evaluate import evaluate as run
+
+    frames = runtime.bundle.contract.check(found.frames, args.input)
+    result = run(runtime, frames, found.labels, threads=args.threads, say=_say)
+    result["skipped"] = found.skipped
+    _print(args, result, views.eval_text)
+    return 0
+
+
+def recalibrate(args) -> int:
+    """Adapt to unlabelled frames: drift test, re-normalisation, head re-solve, gate, atomic swap.
+
+    example: edgesolve recalibrate resnet20.bundle frames.npz --state state --dry-run"""
+    import numpy as np
+
+    from edgesolve.device import views
+    from edgesolve.device.adapt import Options
+    from edgesolve.device.bundle import open_bundle
+    from edgesolve.device.recalibrate import run
+
+    if args.frames < 1 or any(v is not None and v <= 0 for v in (args.seconds, args.memory_mib)):
+        raise UsageError("--frames, --seconds and --memory-mib must be positive.")
+    bundle = open_bundle(args.bundle)
+    found = _frames(bundle, args.input)
+    labels = _labels(args.labels, found) if args.labels else None
+    if args.use_labels:
+        if found.labels is None:
+            raise InputError(f"{args.input}: --use-labels, but there are no labels y in it.")
+        labels = found.labels
+    result = run(
+        args.bundle,
+        np.asarray(found.frames),
+        labels,
+        state=_state(args, bundle),
+        backend=args.backend,
+        threads=args.threads,
+        dry_run=args.dry_run,
+        options=Options(
+            mode=args.mode,
+            seconds=args.seconds,
+            memory_mib=args.memory_mib,
+            max_frames=args.frames,
+        ),
+        say=_say,
+    )
+    result["skipped"] = found.skipped
+    _print(args, result, views.recalibrate_text)
+    if args.exit_code:
+        return {"kept": 10, "proposed": 11}.get(result["decision"], 0)
+    return 0
+
+
+def status(args) -> int:
+    """Which head is in force here, where it came from, and the last decision.
+
+    example: edgesolve status resnet20.bundle --state state"""
+    from edgesolve.device import views
+    from edgesolve.device.bundle import open_bundle
+    from edgesolve.device.store import Store
+
+    bundle = open_bundle(args.bundle)
+    state = _state(args, bundle)
+    _print(args, views.status(bundle, Store(state)), views.status_text)
+    return 0
+
+
+def rollback(args) -> int:
+    """Go back to the generation before the one in force; again for the one before that.
+
+    example: edgesolve rollback resnet20.bundle --state state"""
+    return _move(args, "rollback")
+
+
+def factory_reset(args) -> int:
+    """Forget everything learnt here; the factory head is in force. Works on a damaged state.
+
+    example: edgesolve factory-reset resnet20.bundle --state state"""
+    return _move(args, "factory_reset")
+
+
+def doctor(args) -> int:
+    """Is this board fit to run? Every runtime is tried in a process of its own.
+
+    example: edgesolve doctor"""
+    from edgesolve.device import views
+    from edgesolve.device.doctor import checks
+
+    found = checks()
+    _print(args, views.doctor(found), views.doctor_text)
+    return 14 if any(check.status == "fault" for check in found) else 0
+
+
+def warmup(args) -> int:
+    """Compile every kernel now, at install time, instead of at the first recalibration.
+
+    example: edgesolve warmup"""
+    from edgesolve.device import views
+    from edgesolve.device.warmup import warmup as run
+
+    _print(args, run(), views.warmup_text)
+    return 0
+
+
+def bench(args) -> int:
+    """Latency of a bundle on this machine, each repeat a fresh process; or compare two results.
+
+    example: edgesolve bench resnet20.bundle --against resnet20.onnx --out r.json
+             edgesolve bench compare a.json b.json"""
+    from edgesolve.device import bench as module
+
+    if args.bundle == "compare":
+        return _bench_compare(args, module)
+    from edgesolve.device.bundle import open_bundle
+
+    bundle = open_bundle(args.bundle)
+    result = module.run_bench(
+        args.bundle,
+        backend=args.backend,
+        state=_state(args, bundle),
+        threads=args.threads,
+        repeats=args.repeats,
+        runs=args.runs,
+        quick=args.quick,
+        against=args.against,
+    )
+    if args.out:
+        _write(args.out, json.dumps(result, indent=1))
+    if args.html:
+        _write(args.html, module.html(result))
+    _print(args, result, module.table)
+    return 12 if args.strict and result["verdict"] != "VALID" else 0
+
+
+# -- shared ------------------------------------------------------------------------------------
+
+
+def _bench_compare(args, module) -> int:
+    if not (args.second and args.third):
+        raise UsageError(
+            "bench compare takes two result files: edgesolve bench compare a.json b.json"
+        )
+    results = []
+    for path in (args.second, args.third):
+        try:
+            results.append(json.loads(Path(path).read_text()))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not a readable bench result ({error}).") from error
+    found = module.compare(*results)
+    _print(args, found, module.compare_text)
+    return 13 if found.get("regression") else 0
+
+
+def _open(args):
+    from edgesolve.device.bundle import open_bundle
+    from edgesolve.device.runtime import open_runtime
+
+    bundle = open_bundle(args.bundle)
+    found = _frames(bundle, args.input)
+    runtime = open_runtime(
+        bundle, backend=args.backend, state=_state(args, bundle), threads=args.threads
+    )
+    for note in [*runtime.notes, *found.skipped]:
+        _say(note)
+    return runtime, found
+
+
+def _frames(bundle, path):
+    from edgesolve.device.frames import load_frames
+
+    shape = bundle.contract.shape
+    return load_frames(path, size=shape[:2], channels=1 if shape[-1] == 1 else 3)
+
+
+def _labels(path: str, found):
+    import numpy as np
+
+    try:
+        if path.endswith(".npy"):
+            return np.load(path, allow_pickle=False)
+        given = json.loads(Path(path).read_text())
+        if isinstance(given, dict):
+            given = [given.get(name, -1) for name in found.names]
+        return np.array(given)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path}: expected an .npy, a JSON list, or a JSON object of name: class ({error})."
+        ) from error
+
+
+def _state(args, bundle) -> Path:
+    """--state, or a folder of this bundle's own under the user's state directory."""
+    if args.state:
+        return Path(args.state)
+    root = os.environ.get("EDGESOLVE_STATE")
+    if root:
+        return Path(root)
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    where = hashlib.sha256(str(bundle.path.resolve()).encode()).hexdigest()[:8]
+    return home / "edgesolve" / f"{bundle.manifest['name']}-{where}"
+
+
+def _move(args, how: str) -> int:
+    from edgesolve.device.bundle import open_bundle
+    from edgesolve.device.store import Store
+
+    bundle = open_bundle(args.bundle)
+    store = Store(_state(args, bundle))
+    if how == "rollback":
+        generation = store.rollback(bundle.sha256)
+    else:
+        store.factory_reset()
+        generation = 0
+    with contextlib.suppress(EdgeError):
+        store.journal({"decision": "rollback", "reason": "operator", "generation": generation})
+    where = f"generation {generation}" if generation else "the factory head"
+    _print(args, {"generation": generation, "reason": "operator"}, lambda _: f"In force: {where}.")
+    return 0
+
+
+def _write(path: str, text: str) -> None:
+    from edgesolve.device.atomic import write_atomic
+
+    write_atomic(path, text.encode())
+
+
+def _print(args, result: dict, text) -> None:
+    print(json.dumps(result, default=float) if args.json else text(result))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+COMMANDS = {
+    "inspect": (inspect, _bundle, "what is in a bundle"),
+    "verify": (verify, _verify_arguments, "hashes, and every backend's answers on this machine"),
+    "predict": (predict, _with_input, "class and score per item"),
+    "eval": (evaluate, _with_input, "accuracy, agreement with the original, per class"),
+    "recalibrate": (
+        recalibrate,
+        _recalibrate_arguments,
+        "adapt to unlabelled frames, or refuse to",
+    ),
+    "status": (status, _running, "which head is in force, and why"),
+    "rollback": (rollback, _running, "go back one generation"),
+    "factory-reset": (factory_reset, _running, "forget everything learnt here"),
+    "bench": (bench, _bench_arguments, "latency on this machine; bench compare A.json B.json"),
+    "doctor": (doctor, _nothing, "is this board fit to run?"),
+    "warmup": (warmup, _nothing, "compile the kernels at install time"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Write a bundle so that a half-built one never looks whole: aside, checked on a device runtime, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from edgesolve.device.bundle import MANIFEST, SCHEMA_VERSION
+from edgesolve.device.errors import ParityError, StateError
+from edgesolve.host import report as reporting
+from edgesolve.host.network import costs
+
+
+def write(built, folder: Path, options: dict, log, provenance: dict) -> dict:
+    """The report. Raises ParityError where a backend disagrees with torch, StateError where nothing can be written."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        log.step("write and verify the bundle")
+        files = _files(built)
+        manifest = _manifest(built, folder.name, options, provenance)
+        report = _report(built, files, log)
+        _store(partial, files, manifest)
+        report["parity"] = _verify(partial)
+        log.end()
+        report["seconds"] = {**log.seconds, "total": round(sum(log.seconds.values()), 2)}
+        files["report.json"] = json.dumps(report, indent=1).encode()
+        files["report.html"] = reporting.html(report).encode()
+        _store(partial, files, manifest)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(partial, folder)
+    except OSError as error:
+        raise StateError(
+            f"{error.filename or folder}: cannot be written ({error.strerror})."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if options.get("original"):
+        Path(options["original"]).write_bytes(built.original_onnx)
+    return report
+
+
+def _files(built) -> dict[str, bytes]:
+    solution = built.distilled.solution
+    parity = io.BytesIO()
+    np.savez(parity, **built.parity)
+    head = {
+        "weights": np.ascontiguousarray(solution.weights, np.float32),
+        "intercept": np.ascontiguousarray(solution.intercept, np.float32),
+        "starts": np.asarray(built.distilled.rows.starts, np.int64),
+    }
+    return {
+        **built.files,
+        "head.safetensors": save(head),
+        "statistics.safetensors": save(built.statistics),
+        "reference.safetensors": save(built.reference),
+        "parity.npz": parity.getvalue(),
+    }
+
+
+def _store(folder: Path, files: dict[str, bytes], manifest: dict) -> None:
+    manifest["files"] = {
+        name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        for name, data in sorted(files.items())
+    }
+    for name, data in files.items():
+        _write(folder / name, data)
+    _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _manifest(built, name: str, options: dict, provenance: dict) -> dict:
+    found, n_classes = built.distilled, built.distilled.solution.weights.shape[1]
+    rows = found.rows
+    classes = options["classes"] or [str(k) for k in range(n_classes)]
+    basis = hashlib.sha256()
+    for key in sorted(rows.state_dict()):
+        basis.update(rows.state_dict()[key].numpy().tobytes())
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "edgesolve": version("edgesolve"),
+        "name": name,
+        "input": {
+            "shape": list(built.data.x.shape[1:]),
+            "dtype": str(built.data.x.dtype),
+            "scale": built.preprocess.scale,
+            "mean": list(built.preprocess.mean),
+            "std": list(built.preprocess.std),
+        },
+        "classes": list(classes)[:n_classes],
+        "split": found.cut.name,
+        "rows": {
+            "length": rows.starts[-1],
+            "gates": int(rows.gate_weight.shape[0]),
+            "gate_source": found.gate_source,
+            "basis_sha256": basis.hexdigest(),
+        },
+        "solve": {
+            "penalty": options["head"]["penalty"],
+            "lam": options["head"]["lam"],
+            "ridge": found.ridge,
+            "rows": found.moments.n,
+        },
+        "adapt": {"backbone": "fixed" if options["fixed_backbone"] else "adaptable"},
+        "drift": built.drift,
+        "backends": built.backends,
+        "licences": {"runtime": "Apache-2.0", "weights": "the licence of the model you built from"},
+        "provenance": {
+            **provenance,
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "options": {k: v for k, v in options.items() if k != "original"},
+        },
+    }
+
+
+def _verify(folder: Path) -> dict:
+    """`edgesolve verify` in a process of its own: what a device would say."""
+    command = [sys.executable, "-P", "-m", "edgesolve.device.cli", "verify", str(folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.strip().splitlines() if line]
+        raise ParityError(
+            f"the exported bundle fails its own check: {lines[-1] if lines else done.returncode}"
+        )
+    return json.loads(done.stdout)["backends"]
+
+
+def _report(built, files: dict[str, bytes], log) -> dict:
+    """`params`, `macs`, `bytes`, `accuracy`, `agreement` before and after, and the layers that went."""
+    found, network = built.distilled, built.network
+    table = costs(network)
+    order = [n.name for n in network.nodes]
+    removed = set(order[order.index(found.cut.node) + 1 :])
+    params, macs = (sum(v[i] for v in table.values()) for i in (0, 1))
+    kept = [v for k, v in table.items() if k not in removed]
+    head_params = (
+        found.rows.n_params() + found.solution.weights.size + found.solution.intercept.size
+    )
+    head_macs = found.rows.macs(found.cut.shape) + found.solution.weights.size
+    backbone = next(name for name in files if name.startswith("backbone."))
+    before, after = _accuracy(built)
+    return {
+        "name": found.cut.name,
+        "split": found.cut.name,
+        "params": {"before": params, "after": sum(p for p, _ in kept) + head_params},
+        "macs": {"before": macs, "after": sum(m for _, m in kept) + head_macs},
+        "bytes": {
+            "before": len(built.original_onnx),
+            "after": len(files[backbone]) + len(files["head.safetensors"]),
+        },
+        "accuracy": {"before": before, "after": after},
+        "agreement": {"before": 1.0, "after": found.agreement},
+        "head": {
+            "replaced_params": found.cut.params_after,
+            "replaced_macs": found.cut.macs_after,
+            "params": head_params,
+            "macs": head_macs,
+            "gates": int(found.rows.gate_weight.shape[0]),
+            "gate_source": found.gate_source,
+            "row_length": found.rows.starts[-1],
+            "ridge": found.ridge,
+            "ridge_path": found.path,
+            "relative_error": found.error,
+            "relative_gap": found.solution.relative_gap,
+            "status": found.solution.status.name.lower(),
+            "rows": found.moments.n,
+            "held_out": len(found.capture.rows),
+        },
+        "search": built.search,
+        "layers": _layers(network, table, removed),
+        "files": {name: len(data) for name, data in sorted(files.items())},
+        "drift": built.drift,
+    }
+
+
+def _accuracy(built) -> tuple[float | None, float | None]:
+    """Of the original and of the head solved without them, on the held-out frames; None without labels."""
+    if built.data.y is None:
+        return None, None
+    kept = built.distilled.capture
+    y = built.data.y[kept.index]
+    return (
+        float((kept.logits.argmax(1) == y).mean()),
+        float((built.distilled.held_out_logits.argmax(1) == y).mean()),
+    )
+
+
+def _layers(network, table, removed) -> list[dict]:
+    from edgesolve.host.network import module_of
+
+    return [
+        {
+            "layer": module_of(node) or node.name,
+            "op": str(getattr(node.target, "_opname", node.target)).split(".")[0],
+            "params": table[node.name][0],
+            "macs": table[node.name][1],
+            "decision": "replaced" if node.name in removed else "kept",
+            "reason": "behind the split: the convex head stands for it"
+            if node.name in removed
+            else "",
+        }
+        for node in network.nodes
+        if table.get(node.name, (0, 0)) != (0, 0)
+    ]

@@ -1,0 +1,178 @@
+"""`edgesolve build`: the workstation's command."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+DESCRIPTION = "Turn a trained model into a bundle for a small device: no labels, no fine-tuning."
+EPILOG = """example:
+  edgesolve build nets.py:resnet20 --weights resnet20.safetensors --data frames.npz --out resnet20.bundle \\
+      --mean .485,.456,.406 --std .229,.224,.225 --target drop=5
+
+MODEL is file.py:callable, package.module:callable (literal arguments allowed, nets.py:resnet(20)), or a .pt2 file.
+CALIB is a folder of images, an .npy, or an .npz with x (n, h, w, c) and optional y, which is only reported on.
+Frames enter the model as (x * scale - mean) / std; scale defaults to 1/255 for uint8 and to 1 otherwise.
+exit codes: 0 done, 2 usage, 5 an exported file disagrees with torch, 7 model or data unusable, 8 cannot write."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All of its options may also stand in a --recipe file (TOML, same names with underscores)."""
+    p = argparse.ArgumentParser(
+        "edgesolve build",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("model", metavar="MODEL")
+    p.add_argument("--data", required=True, metavar="CALIB")
+    p.add_argument("--out", required=True, metavar="BUNDLE")
+    p.add_argument(
+        "--weights", metavar="F", help="safetensors, or a state dict read without pickle"
+    )
+    p.add_argument("--recipe", metavar="F.toml", help="defaults for the options below")
+    p.add_argument(
+        "--split", help="first module that the head replaces; otherwise found by --target"
+    )
+    p.add_argument(
+        "--target", default="drop=1.0", help="drop=POINTS (default 1.0), params=R or macs=R"
+    )
+    p.add_argument("--scale", type=float)
+    p.add_argument("--mean", type=_floats, help="comma-separated, after scaling")
+    p.add_argument("--std", type=_floats)
+    p.add_argument("--classes", help="comma-separated names, or a file with one a line")
+    p.add_argument("--gates", choices=("auto", "teacher", "seeded"), default="auto")
+    p.add_argument("--n-gates", type=int, default=64)
+    p.add_argument("--rank", type=int, default=16, help="directions that every gate passes on")
+    p.add_argument("--penalty", choices=("ridge", "group"), default="ridge")
+    p.add_argument("--lam", type=float, default=0.003, help="group penalty, relative to lam_max")
+    p.add_argument(
+        "--flip", action="store_true", help="add mirrored calibration frames (images only)"
+    )
+    p.add_argument("--backends", default="onnx,litert")
+    p.add_argument(
+        "--fixed-backbone", action="store_true", help="never fold new statistics into it"
+    )
+    p.add_argument(
+        "--original", metavar="F.onnx", help="also write the unchanged network, for bench"
+    )
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, default=0, help="of torch; default all cores")
+    p.add_argument("--json", action="store_true", help="print the report instead of a table")
+    return p
+
+
+def build(argv: list[str]) -> int:
+    """Run the command; returns the exit code. EdgeErrors are the caller's to print."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.recipe:
+        p.set_defaults(**_recipe(args.recipe, p))
+        args = p.parse_args(argv)
+    from edgesolve.device.errors import UsageError
+
+    options = _options(args, p)
+    if args.n_gates < 1 or args.rank < 1:
+        raise UsageError("--n-gates and --rank must be at least 1.")
+    import torch
+
+    from edgesolve.host import recipe, report
+    from edgesolve.host.load import load_calibration, load_model
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    log = recipe.Log(_say)
+    log.step("load the model and the calibration frames")
+    data = load_calibration(args.data)
+    model = load_model(args.model, args.weights)
+    built = recipe.build(model, data, options, log)
+    found = recipe.write(built, args.out, options, log, _provenance(args, data))
+    _say("")
+    print(json.dumps(found, indent=1) if args.json else report.table(found, args.out))
+    return 0
+
+
+def _options(args, p):
+    from edgesolve.device.errors import UsageError
+    from edgesolve.host.distill import HeadOptions
+    from edgesolve.host.recipe import BuildOptions
+
+    kind, _, value = args.target.partition("=")
+    if kind == "latency-ms":
+        raise UsageError(
+            "--target latency-ms needs a board's latency table, which this release lacks."
+        )
+    try:
+        target = (kind, float(value))
+    except ValueError:
+        target = ("", 0.0)
+    if target[0] not in ("drop", "params", "macs") or target[1] <= 0:
+        raise UsageError(f"--target {args.target}: expected drop=1.0, params=0.5 or macs=0.5.")
+    backends = tuple(b for b in args.backends.split(",") if b)
+    if not backends or set(backends) - {"onnx", "litert"}:
+        raise UsageError(f"--backends {args.backends}: expected onnx, litert or both.")
+    return BuildOptions(
+        split=args.split,
+        target=target,
+        scale=args.scale,
+        mean=args.mean,
+        std=args.std,
+        classes=_classes(args.classes),
+        backends=backends,
+        fixed_backbone=args.fixed_backbone,
+        original=args.original,
+        head=HeadOptions(
+            args.gates, args.n_gates, args.rank, args.penalty, args.lam, args.flip, args.seed
+        ),
+    )
+
+
+def _recipe(path: str, p: argparse.ArgumentParser) -> dict:
+    from edgesolve.device.errors import UsageError
+
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        found = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a readable TOML file ({error}).") from error
+    known = {a.dest for a in p._actions}
+    if unknown := sorted(set(found) - known):
+        raise UsageError(
+            f"{path}: unknown {', '.join(unknown)}; known are the options of edgesolve build."
+        )
+    for key in ("mean", "std"):
+        if key in found:
+            found[key] = tuple(float(v) for v in found[key])
+    return found
+
+
+def _classes(given: str | None) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    names = Path(given).read_text().splitlines() if Path(given).is_file() else given.split(",")
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def _provenance(args, data) -> dict:
+    digest = hashlib.sha256(data.x.tobytes()).hexdigest()
+    return {"model": Path(args.model).name, "calibration_sha256": digest, "seed": args.seed}
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _say(text: str, transient: bool = False) -> None:
+    """Progress on stderr: lines that stay, and one that is overwritten where stderr is a terminal."""
+    if sys.stderr.isatty():
+        end = "" if transient else "\n"
+        print(f"\r\x1b[2K{text}", end=end, file=sys.stderr, flush=True)
+    elif not transient:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,198 @@
+"""Which gates, and which few directions of the activation they gate: from a sample, without labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgesolve.host.network import Network, aten, layer_parameters
+from edgesolve.host.rows import Rows, grid_pool
+from edgesolve.kernels.gates import seeded_gates
+
+RAMP_WIDTH = 1.0  # in standard deviations of a gate's pre-activation; measured in rows.py
+_RIDGE = 1e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """Candidate gates on the raw activation: weight (M, d, k, k), bias (M,), and where they come from."""
+
+    weight: Tensor
+    bias: Tensor
+    source: str
+
+
+def design_rows(
+    network: Network,
+    cut: str,
+    z: Tensor,
+    logits: Tensor,
+    *,
+    kind: str = "auto",
+    n_gates: int = 64,
+    rank: int = 16,
+    seed: int = 0,
+) -> tuple[Rows, str]:
+    """The row vector for a sample of activations z (n, d, h, w) and the network's logits (n, c).
+
+    kind: "teacher" takes the filters of the convolution that reads the cut, "seeded" a bank of ±1 vectors,
+    "auto" the teacher's where there are some. Returns the module and the bank's source.
+    """
+    z = z if z.ndim == 4 else z[:, :, None, None]
+    mean, scale = _standardisation(z)
+    bank = _bank(network, cut, z, mean, scale, kind, n_gates, seed)
+    gates = _normalised(bank, z)
+    cells = 2 if 4 * z.shape[1] <= 512 and min(z.shape[2:]) >= 4 else 1
+    pool = grid_pool(*z.shape[2:], cells)
+    rank = min(rank, z.shape[1])
+    project = _projection(gates[:n_gates], z, logits, mean, scale, rank)
+    rows = _assemble(gates, project, mean, scale, pool)
+    if len(gates) > n_gates:
+        chosen = _greedy(rows, z, logits, n_gates)
+        rows = _assemble(gates[chosen], project, mean, scale, pool)
+    return rows, bank.source
+
+
+def _standardisation(z: Tensor) -> tuple[Tensor, Tensor]:
+    mean, scale = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    return mean, torch.clamp(scale, min=1e-3 * float(scale.max()) + 1e-12)
+
+
+def _bank(network, cut, z, mean, scale, kind, n_gates, seed) -> Bank:
+    teacher = teacher_filters(network, cut) if kind in ("auto", "teacher") else None
+    if teacher is not None:
+        return teacher
+    if kind == "teacher":
+        from edgesolve.host.errors import ModelError
+
+        raise ModelError(
+            f"no plain 1×1 or 3×3 convolution reads the cut {cut}; use --gates seeded."
+        )
+    d = z.shape[1]
+    signs = torch.from_numpy(seeded_gates(d, 4 * n_gates, seed))
+    weight = signs / scale
+    spread = torch.from_numpy(np.random.default_rng(seed).normal(size=len(weight))).float()
+    return Bank(weight[:, :, None, None], 0.3 * d**0.5 * spread - weight @ mean, "seeded")
+
+
+def teacher_filters(network: Network, cut: str) -> Bank | None:
+    """The filters of the convolutions that read the cut, normalisation folded, or None."""
+    by_name = {n.name: n for n in network.nodes}
+    readers = list(by_name[cut].users)
+    readers += [u for r in readers if r.target is aten.pad.default for u in r.users]
+    found = []
+    for node in readers:
+        if node.target is not aten.conv2d.default:
+            continue
+        weight, bias = layer_parameters(network, node)
+        groups = node.args[6] if len(node.args) > 6 else 1
+        dilation = set(node.args[5]) if len(node.args) > 5 else {1}
+        if groups != 1 or dilation != {1} or tuple(weight.shape[2:]) not in ((1, 1), (3, 3)):
+            continue
+        bias = torch.zeros(len(weight)) if bias is None else bias
+        for norm in network.norms:
+            if norm.layer == node.name and not norm.virtual:
+                s = norm.scale()
+                weight = weight * s[:, None, None, None]
+                bias = norm.beta + (bias - norm.mean) * s
+        found.append((weight, bias))
+    if not found:
+        return None
+    k = max(w.shape[2] for w, _ in found)
+    padded = [F.pad(w, [(k - w.shape[2]) // 2] * 4) for w, _ in found]
+    return Bank(torch.cat(padded), torch.cat([b for _, b in found]), "teacher")
+
+
+@dataclass(frozen=True, slots=True)
+class _Gates:
+    weight: Tensor
+    bias: Tensor
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, index) -> _Gates:
+        return _Gates(self.weight[index], self.bias[index])
+
+    def __call__(self, z: Tensor) -> Tensor:
+        k = self.weight.shape[2]
+        return F.conv2d(z, self.weight, self.bias, padding=k // 2).clamp(0.0, 1.0).flatten(2)
+
+
+def _normalised(bank: Bank, z: Tensor) -> _Gates:
+    """Fold the ramp into the filters: D = clip(s / (width sd) + 1/2, 0, 1)."""
+    k = bank.weight.shape[2]
+    parts = [F.conv2d(b, bank.weight, bank.bias, padding=k // 2) for b in z[:256].split(64)]
+    sd = torch.cat(parts).std((0, 2, 3))
+    sd = torch.clamp(sd, min=1e-3 * float(sd.max()) + 1e-12)
+    factor = 1.0 / (RAMP_WIDTH * sd)
+    return _Gates(bank.weight * factor[:, None, None, None], bank.bias * factor + 0.5)
+
+
+def _assemble(gates: _Gates, project: Tensor, mean: Tensor, scale: Tensor, pool: Tensor) -> Rows:
+    return Rows(gates.weight, gates.bias, project, project @ mean, mean, scale, pool)
+
+
+def _gated(gates: _Gates, z: Tensor, values: Tensor) -> Tensor:
+    """(n, m, r): (1/p) sum_p D v for values (n, r, p)."""
+    out = [
+        torch.matmul(gates(zb), vb.transpose(1, 2)) / vb.shape[2]
+        for zb, vb in zip(z.split(64), values.split(64), strict=True)
+    ]
+    return torch.cat(out)
+
+
+def _projection(gates, z, logits, mean, scale, rank) -> Tensor:
+    """project (rank, d): the directions of z that the gated solution uses.
+
+    Solve with every direction (principal ones where d is large), then keep the leading left singular vectors of
+    the weights unfolded along the directions, in the metric of z's covariance (one Tucker step on U).
+    """
+    flat = z.transpose(0, 1).flatten(1)[:, :: max(1, z[0, 0].numel() * len(z) // 100_000)]
+    flat = (flat - mean[:, None]) / scale[:, None]
+    cov = (flat @ flat.T / flat.shape[1]).double()
+    energy, vectors = torch.linalg.eigh(cov)
+    wide = min(z.shape[1], 64)
+    basis = vectors[:, -wide:].float()  # (d, wide), orthonormal
+    standard = (z.flatten(2) - mean[:, None]) / scale[:, None]
+    A = _gated(gates, z, torch.einsum("dr,ndp->nrp", basis, standard))
+    U = _sample_ridge(A.flatten(1), logits).view(A.shape[1], wide, -1)
+    root = energy[-wide:].clamp(min=1e-10 * float(energy[-1])).sqrt()
+    weighted = root[:, None] * U.double().permute(1, 0, 2).flatten(1)
+    left = torch.linalg.svd(weighted, full_matrices=False)[0][:, :rank]
+    left = left * torch.sign(left.gather(0, left.abs().argmax(0, keepdim=True)))
+    directions = basis.double() @ (left / root[:, None])
+    directions = directions / torch.sqrt(((cov @ directions) * directions).sum(0))  # unit variance
+    return (directions.float() / scale[:, None]).T.contiguous()
+
+
+def _sample_ridge(A: Tensor, Y: Tensor) -> Tensor:
+    """Ridge weights (D, c) by the n x n kernel: a sample has fewer rows than features."""
+    A, Y = A.double(), Y.double()
+    A, Y = A - A.mean(0), Y - Y.mean(0)
+    K = A @ A.T
+    K.diagonal().add_(_RIDGE * len(A) * float((A * A).mean()))
+    return (A.T @ torch.linalg.solve(K, Y)).float()
+
+
+def _greedy(rows: Rows, z: Tensor, logits: Tensor, n_gates: int) -> list[int]:
+    """Indices of `n_gates` gates of the bank, eight at a time by the normalised adjoint ‖A_i'R‖ / ‖A_i‖."""
+    with torch.no_grad():
+        A = torch.cat([rows(b) for b in z.split(64)])
+    m, r1 = rows.gate_weight.shape[0], rows.value_weight.shape[0]
+    A = A - A.mean(0)
+    gated, plain = A[:, : m * r1].unflatten(1, (m, r1)), A[:, m * r1 :]
+    Y = logits - logits.mean(0)
+    norms = gated.flatten(2).pow(2).sum((0, 2)).sqrt().clamp(min=1e-12)
+    chosen: list[int] = []
+    while len(chosen) < n_gates:
+        X = torch.cat([plain, gated[:, chosen].flatten(1)], 1)
+        R = Y - X @ _sample_ridge(X, Y)
+        score = torch.einsum("nmr,nc->mrc", gated, R).pow(2).sum((1, 2)).sqrt() / norms
+        score[chosen] = -1.0
+        chosen += score.topk(min(8, n_gates - len(chosen))).indices.tolist()
+    return sorted(chosen)

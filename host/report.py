@@ -1,0 +1,122 @@
+"""The build report: a table for the terminal, a page for people."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+INK, BLUE, GREY = "#6b7280", "#2563eb", "#9ca3af"
+
+
+def table(report: dict[str, Any], out: str) -> str:
+    """What was won and lost, and where the page is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    t = Table(title=f"{out}: everything from {report['split']} on became a convex head")
+    for name in ("", "before", "after", "ratio"):
+        t.add_column(name, justify="left" if not name else "right")
+    for key in ("params", "macs", "bytes"):
+        b, a = report[key]["before"], report[key]["after"]
+        t.add_row(key, f"{b:,}", f"{a:,}", f"{a / b:.3f}")
+    for key in ("accuracy", "agreement"):
+        b, a = report[key]["before"], report[key]["after"]
+        t.add_row(f"{key} (held-out)", _percent(b), _percent(a), "")
+    text = io.StringIO()
+    Console(file=text, width=100).print(t)
+    gap = report["head"]["relative_gap"]
+    return (
+        text.getvalue()
+        + f"certificate: relative duality gap {gap:.1e}; report: {Path(out) / 'report.html'}"
+    )
+
+
+def html(report: dict[str, Any]) -> str:
+    """One self-contained page: no scripts, no external assets, readable light and dark."""
+    from importlib.resources import files
+
+    from jinja2 import Environment
+
+    template = (files("edgesolve.host") / "report.html.j2").read_text()
+    environment = Environment(autoescape=True)
+    environment.filters["percent"] = _percent
+    plots = {"cost": _cost_plot(report), "ridge": _ridge_plot(report)}
+    if report["search"]:
+        plots["search"] = _search_plot(report)
+    return environment.from_string(template).render(r=report, plots=plots)
+
+
+def _percent(value: float | None) -> str:
+    return "no labels" if value is None else f"{100 * value:.2f} %"
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=INK, labelsize=8)
+    for side in axes.spines.values():
+        side.set_color(GREY)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return figure, axes
+
+
+def _svg(figure) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "edgesolve", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    found = text.getvalue()
+    return found[found.index("<svg") :]
+
+
+def _cost_plot(report: dict[str, Any]) -> str:
+    """Multiply-adds per layer, replaced ones hollow."""
+    layers = [e for e in report["layers"] if e["macs"]]
+    figure, axes = _figure(8.2, 2.4)
+    kept = [e["decision"] == "kept" for e in layers]
+    at = range(len(layers))
+    axes.bar(
+        at,
+        [e["macs"] / 1e6 for e in layers],
+        color=[BLUE if k else "none" for k in kept],
+        edgecolor=[BLUE if k else GREY for k in kept],
+        linewidth=1,
+    )
+    axes.bar([len(layers)], [report["head"]["macs"] / 1e6], color="#059669")
+    axes.set_ylabel("million multiply-adds")
+    axes.set_xlabel("layer, in order; hollow: replaced; green: the convex head")
+    return _svg(figure)
+
+
+def _ridge_plot(report: dict[str, Any]) -> str:
+    figure, axes = _figure(4.0, 2.2)
+    ridges, errors = zip(*report["head"]["ridge_path"], strict=True)
+    axes.semilogx(ridges, errors, "o-", color=BLUE, markersize=4)
+    axes.axvline(report["head"]["ridge"], color=GREY, linestyle=":")
+    axes.set_xlabel("ridge, relative")
+    axes.set_ylabel("held-out squared error")
+    return _svg(figure)
+
+
+def _search_plot(report: dict[str, Any]) -> str:
+    figure, axes = _figure(4.0, 2.2)
+    found = sorted(report["search"], key=lambda e: e["params_replaced"])
+    x = [e["params_replaced"] for e in found]
+    y = [e["agreement_loss"] for e in found]
+    axes.plot(x, y, "o-", color=BLUE, markersize=4)
+    for e in found:
+        axes.annotate(
+            e["split"], (e["params_replaced"], e["agreement_loss"]), fontsize=7, color=INK
+        )
+    axes.set_xlabel("parameters replaced")
+    axes.set_ylabel("agreement lost, points")
+    return _svg(figure)

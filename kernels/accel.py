@@ -1,0 +1,19 @@
+"""Finds the Numba kernels when the first one is called, not before."""
+
+import os
+from functools import cache
+
+
+@cache
+def compiled():
+    """The Numba kernels, or None: Numba missing, switched off, or no writable place for its cache.
+
+    EDGESOLVE_NUMBA=0 switches them off; every caller has a NumPy twin that gives the same answer.
+    """
+    if os.environ.get("EDGESOLVE_NUMBA") == "0":
+        return None
+    try:
+        from edgesolve.kernels import compiled
+    except (ImportError, RuntimeError):
+        return None
+    return compiled

@@ -1,0 +1,17 @@
+#!/bin/bash
+# Runs the device's tests from an installed wheel with only the device's packages: device_env.sh WHEEL BUNDLE
+set -euo pipefail
+wheel=$(realpath "$1")
+export EDGESOLVE_TEST_BUNDLE=$(realpath "$2")
+cd "$(dirname "$0")/.."
+env=build/device-env
+
+[ -x $env/bin/python ] || .venv/bin/python -m venv $env
+$env/bin/python -m pip install -q -c constraints.txt "$wheel[onnx,litert,images]" pytest
+$env/bin/python -m pip install -q --force-reinstall --no-deps "$wheel" # same version, new content
+$env/bin/python tests/device_only.py
+
+for numba in 1 0; do
+  echo "== device tests, EDGESOLVE_NUMBA=$numba"
+  EDGESOLVE_NUMBA=$numba NUMBA_CACHE_DIR=$(realpath build)/numba-cache $env/bin/pytest tests/kernels tests/device
+done
