@@ -12,9 +12,10 @@ from pathlib import Path
 
 from edgesolve.device.errors import EdgeError, InputError, UsageError
 
-EXIT_CODES = """exit codes: 0 done (any decision of recalibrate) · 1 a defect of ours · 2 usage · 3 bundle damaged or too new ·
-4 signature · 5 parity failed · 6 runtime or extra missing · 7 input outside the contract · 8 state unusable ·
-9 busy · 10 kept, 11 proposed (with --exit-code) · 12 bench invalid (--strict) · 13 regression · 14 doctor fault"""
+EXIT_CODES = """exit codes: 0 done (any decision of recalibrate) · 1 a defect of ours · 2 usage ·
+3 bundle damaged or too new · 4 signature · 5 parity failed · 6 runtime or extra missing ·
+7 input outside the contract · 8 state unusable · 9 busy · 10 kept, 11 proposed (with --exit-code) ·
+12 bench invalid (--strict) · 13 regression · 14 doctor fault"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -330,9 +331,11 @@ def warmup(args) -> int:
 
     example: edgesolve warmup"""
     from edgesolve.device import views
+    from edgesolve.device.warmup import cache_folder
     from edgesolve.device.warmup import warmup as run
 
-    _print(args, run(), views.warmup_text)
+    kernels = [{"kernel": name, "seconds": seconds} for name, seconds in run()]
+    _print(args, {"kernels": kernels, "cache": str(cache_folder())}, views.warmup_text)
     return 0
 
 
@@ -342,6 +345,7 @@ def bench(args) -> int:
     example: edgesolve bench resnet20.bundle --against resnet20.onnx --out r.json
              edgesolve bench compare a.json b.json"""
     from edgesolve.device import bench as module
+    from edgesolve.device import bench_report
 
     if args.bundle == "compare":
         return _bench_compare(args, module)
@@ -361,8 +365,8 @@ def bench(args) -> int:
     if args.out:
         _write(args.out, json.dumps(result, indent=1))
     if args.html:
-        _write(args.html, module.html(result))
-    _print(args, result, module.table)
+        _write(args.html, bench_report.html(result))
+    _print(args, result, bench_report.table)
     return 12 if args.strict and result["verdict"] != "VALID" else 0
 
 
@@ -381,7 +385,7 @@ def _bench_compare(args, module) -> int:
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable bench result ({error}).") from error
     found = module.compare(*results)
-    _print(args, found, module.compare_text)
+    _print(args, found, lambda r: r["sentence"])
     return 13 if found.get("regression") else 0
 
 

@@ -32,7 +32,7 @@ class Evidence:
     relative_gap: float
 
 
-def judge(e: Evidence, limits: Limits = Limits()) -> tuple[str | None, dict[str, float]]:  # noqa: B008
+def judge(e: Evidence, limits: Limits = Limits()) -> tuple[str | None, dict[str, float]]:
     """(reason to refuse or None, the figures it was judged by)."""
     figures = {
         "heldout_error_old": _error(e.old, e.target),

@@ -204,6 +204,7 @@ def doctor_text(found: dict[str, Any]) -> str:
 
 
 def warmup_text(found: dict[str, Any]) -> str:
-    rows = [[k["kernel"], k["seconds"]] for k in found["kernels"]]
-    text = table(rows, ["kernel", "seconds"]) + "\n" if rows else ""
-    return text + found["sentence"]
+    if not found["kernels"]:
+        return "Numba is missing or switched off: the NumPy path is used, nothing to compile."
+    rows = [[k["kernel"], round(k["seconds"], 2)] for k in found["kernels"]]
+    return table(rows, ["kernel", "seconds"]) + f"\ncompiled into {found['cache']}"

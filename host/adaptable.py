@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from edgesolve.host.network import Network, Norm, layer_parameters, source_layer
 from edgesolve.host.rows import Rows
@@ -23,9 +24,12 @@ class Preprocess:
     std: tuple[float, ...]
 
     def __call__(self, frames: Tensor) -> Tensor:
+        # A depthwise 1×1 convolution, because exporters fold a plain scale into the next layer's weights,
+        # which then couldn't be found and re-normalised on the device.
         factor = torch.tensor([self.scale / s for s in self.std])
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)])
-        return (frames.to(torch.float32) * factor + shift).permute(0, 3, 1, 2)
+        x = frames.to(torch.float32).permute(0, 3, 1, 2)
+        return F.conv2d(x, factor[:, None, None, None], shift, groups=len(factor))
 
 
 def nodes_until(network: Network, node: str) -> set[str]:

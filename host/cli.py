@@ -45,8 +45,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--std", type=_floats)
     p.add_argument("--classes", help="comma-separated names, or a file with one a line")
     p.add_argument("--gates", choices=("auto", "teacher", "seeded"), default="auto")
-    p.add_argument("--n-gates", type=int, default=64)
-    p.add_argument("--rank", type=int, default=16, help="directions that every gate passes on")
+    p.add_argument("--n-gates", type=int, help="default: the largest of a ladder that saves")
+    p.add_argument(
+        "--rank", type=int, help="directions that every gate passes on; default as above"
+    )
     p.add_argument("--penalty", choices=("ridge", "group"), default="ridge")
     p.add_argument("--lam", type=float, default=0.003, help="group penalty, relative to lam_max")
     p.add_argument(
@@ -75,7 +77,7 @@ def build(argv: list[str]) -> int:
     from edgesolve.device.errors import UsageError
 
     options = _options(args, p)
-    if args.n_gates < 1 or args.rank < 1:
+    if min(args.n_gates or 1, args.rank or 1) < 1 or 0 in (args.n_gates, args.rank):
         raise UsageError("--n-gates and --rank must be at least 1.")
     import torch
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from edgesolve.host.adaptable import Preprocess
 from edgesolve.host.capture import Capture, Progress, activations, capture
-from edgesolve.host.gates import design_rows
+from edgesolve.host.gates import LADDER, affordable, design_rows
 from edgesolve.host.network import Cut, Network
 from edgesolve.host.rows import Rows
 from edgesolve.kernels.fista import fista
@@ -24,11 +24,14 @@ SAMPLE = 1536
 
 @dataclass(frozen=True, slots=True)
 class HeadOptions:
-    """How the head is made; `lam` is relative to lam_max and only read for the group penalty."""
+    """How the head is made. Without n_gates or rank: the largest of gates.LADDER that saves.
+
+    `lam` is relative to lam_max and only read for the group penalty.
+    """
 
     gates: str = "auto"
-    n_gates: int = 64
-    rank: int = 16
+    n_gates: int | None = None
+    rank: int | None = None
     penalty: str = "ridge"
     lam: float = 0.003
     flip: bool = False
@@ -71,14 +74,15 @@ def distill(
     sample = np.flatnonzero(~held_out)
     sample = sample[:: max(1, len(sample) // SAMPLE)][:SAMPLE]
     z, logits = activations(network, cut.node, preprocess, x[sample])
+    size = affordable(network, cut, logits.shape[1], options.gates) or LADDER[-1]
     rows, source = design_rows(
         network,
         cut.node,
         z,
         logits,
         kind=options.gates,
-        n_gates=options.n_gates,
-        rank=options.rank,
+        n_gates=options.n_gates or size[0],
+        rank=options.rank or size[1],
         seed=options.seed,
     )
     found = capture(

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgesolve.host.network import Network, aten, layer_parameters
+from edgesolve.host.network import Cut, Network, aten, layer_parameters
 from edgesolve.host.rows import Rows, grid_pool
 from edgesolve.kernels.gates import seeded_gates
 
 RAMP_WIDTH = 1.0  # in standard deviations of a gate's pre-activation; measured in rows.py
 _RIDGE = 1e-2
+LADDER = ((64, 16), (48, 16), (32, 16), (32, 8), (16, 8), (16, 4), (8, 4))
+"""Head sizes (gates, directions per gate) that are tried, largest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,8 @@ def design_rows(
     logits: Tensor,
     *,
     kind: str = "auto",
-    n_gates: int = 64,
-    rank: int = 16,
+    n_gates: int,
+    rank: int,
     seed: int = 0,
 ) -> tuple[Rows, str]:
     """The row vector for a sample of activations z (n, d, h, w) and the network's logits (n, c).
@@ -46,8 +48,7 @@ def design_rows(
     mean, scale = _standardisation(z)
     bank = _bank(network, cut, z, mean, scale, kind, n_gates, seed)
     gates = _normalised(bank, z)
-    cells = 2 if 4 * z.shape[1] <= 512 and min(z.shape[2:]) >= 4 else 1
-    pool = grid_pool(*z.shape[2:], cells)
+    pool = grid_pool(*z.shape[2:], _cells(z.shape[1:]))
     rank = min(rank, z.shape[1])
     project = _projection(gates[:n_gates], z, logits, mean, scale, rank)
     rows = _assemble(gates, project, mean, scale, pool)
@@ -55,6 +56,28 @@ def design_rows(
         chosen = _greedy(rows, z, logits, n_gates)
         rows = _assemble(gates[chosen], project, mean, scale, pool)
     return rows, bank.source
+
+
+def _cells(shape: tuple[int, ...]) -> int:
+    """Side of the grid on which the plain features are pooled; z of `shape` (d, h, w)."""
+    return 2 if 4 * shape[0] <= 512 and min(shape[1:]) >= 4 else 1
+
+
+def affordable(network: Network, cut: Cut, classes: int, kind: str) -> tuple[int, int] | None:
+    """The largest (n_gates, rank) whose head costs at most 0.7 of the parameters and 0.9 of the multiply-adds
+    behind the cut, or None: then replacing it wins nothing."""
+    shape = cut.shape if len(cut.shape) == 3 else (*cut.shape, 1, 1)
+    d, p = shape[0], shape[1] * shape[2]
+    teacher = teacher_filters(network, cut.node) if kind != "seeded" else None
+    area = 1 if teacher is None else teacher.weight.shape[2] ** 2
+    for m, r in LADDER:
+        r = min(r, d)
+        length = m * (r + 1) + _cells(shape) ** 2 * d
+        params = m * (d * area + 1) + r * (d + 1) + 2 * d + (length + 1) * classes
+        macs = p * (m * d * area + r * d + m * (r + 1) + d) + length * classes
+        if params <= 0.7 * cut.params_after and macs <= 0.9 * cut.macs_after:
+            return m, r
+    return None
 
 
 def _standardisation(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -286,13 +286,15 @@ def cuts(network: Network) -> list[Cut]:
             network.example, watch=lambda n, v, _: shapes.__setitem__(n.name, tuple(v.shape[1:]))
         )
     found: dict[int, Cut] = {}
+    normalised = {norm.layer for norm in network.norms if not norm.virtual}
     reach = -1  # the furthest reader of anything computed so far
     for node in network.nodes:
-        if node.op in ("get_attr", "output"):
+        if node.op in ("get_attr", "output") or node.target is aten.sym_size.int:
             continue
         here, shape = order[node.name], shapes.get(node.name, ())
         params = sum(cost.get(n.name, (0, 0))[0] for n in network.nodes[here + 1 :])
-        if node.op == "call_function" and reach <= here and params and len(shape) in (1, 3):
+        single = node.op == "call_function" and reach <= here and node.name not in normalised
+        if single and params and len(shape) in (1, 3):
             if node.target not in _REDUCTIONS or params not in found:
                 macs = sum(cost.get(n.name, (0, 0))[1] for n in network.nodes[here + 1 :])
                 found[params] = Cut(node.name, _module_after(network, here), shape, params, macs)

@@ -14,6 +14,7 @@ from edgesolve.host.adaptable import Backbone, Preprocess, Teacher, with_virtual
 from edgesolve.host.capture import batch_size, batches, frame_statistics, largest_activation
 from edgesolve.host.distill import Distilled, HeadOptions, distill
 from edgesolve.host.errors import ModelError
+from edgesolve.host.gates import affordable
 from edgesolve.host.load import Data
 from edgesolve.host.network import Cut, Network, costs, cuts, trace
 from edgesolve.host.thresholds import calibrate
@@ -139,8 +140,16 @@ def choose_cut(network, preprocess, data, held_out, options, log) -> tuple[Cut, 
     total = costs(network)
     macs, params = sum(m for _, m in total.values()), sum(p for p, _ in total.values())
     kind, value = options.target
-    candidates = [c for c in found[1:] if c.macs_after < 0.9 * macs and len(c.shape) == 3]
-    candidates = candidates or found[-1:]
+    classes = network.run(network.example).shape[1]
+    candidates = [
+        c
+        for c in found
+        if c.macs_after < 0.9 * macs and affordable(network, c, classes, options.head.gates)
+    ]
+    if not candidates:
+        raise ModelError(
+            "no split saves parameters and multiply-adds with a convex head; name one with --split."
+        )
     if kind in ("params", "macs"):
         left = [
             1 - c.params_after / params if kind == "params" else 1 - c.macs_after / macs

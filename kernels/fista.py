@@ -4,6 +4,7 @@ import math
 import time
 
 import numpy as np
+
 from edgesolve.kernels import gap
 from edgesolve.kernels.solution import Solution, Status
 
@@ -39,7 +40,7 @@ def fista(
         U_next = penalty.prox(Z - step * loss.grad(Z), step)
         if np.vdot(Z - U_next, U_next - U) > 0:  # the momentum points uphill
             t = 1.0
-        t_next = 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * t * t))
+        t_next = next_momentum(t)
         Z = U_next + (t - 1.0) / t_next * (U_next - U)
         U, t = U_next, t_next
         late = time.perf_counter() - began > seconds
@@ -50,6 +51,11 @@ def fista(
             elif status is None and n_iter >= max_iter:
                 status = Status.MAX_ITER
     return look.solution(status, n_iter, began)
+
+
+def next_momentum(t: float) -> float:
+    """The larger root of s^2 - s = t^2. Law: s^2 - s <= t^2, which the rate of FISTA rests on."""
+    return 0.5 * (1.0 + math.sqrt(1.0 + 4.0 * t * t))
 
 
 class _Look:

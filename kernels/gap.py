@@ -6,6 +6,7 @@ screening literature, Fercoq, Gramfort, Salmon 2015). All in float64.
 """
 
 import numpy as np
+
 from edgesolve.kernels.losses import SquaredMoments
 from edgesolve.kernels.prox import group_norms, group_sums
 

@@ -6,6 +6,7 @@ BLAS: kernels that fuse the product as well took 1.1 to 2.5 times as long (x86, 
 """
 
 import numpy as np
+
 from edgesolve.kernels import accel
 
 TILE_FLOATS = 1 << 20

@@ -10,6 +10,7 @@ A loss holds the rows or their moments, and the ridge: `value` and `grad` INCLUD
 from dataclasses import dataclass
 
 import numpy as np
+
 from edgesolve.kernels.gated import gated_adjoint, gated_forward
 from edgesolve.kernels.moments import Moments
 

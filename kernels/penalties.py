@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+
 from edgesolve.kernels.prox import group_norms, prox_group_l2
 
 

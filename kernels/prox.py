@@ -5,6 +5,7 @@ strictly from 0 to D.
 """
 
 import numpy as np
+
 from edgesolve.kernels import accel
 
 

@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+
 from edgesolve.kernels import gap
 from edgesolve.kernels.losses import SquaredMoments
 from edgesolve.kernels.moments import Moments
@@ -66,7 +67,7 @@ def ridge_path(fit: Moments, held_out: Moments, grid) -> list[tuple[float, float
     for ridge_relative in grid:
         if not (np.isfinite(ridge_relative) and ridge_relative >= 0):
             raise ValueError(f"the grid must be finite and not negative, got {ridge_relative}.")
-        U = vectors @ (_inverse(values, ridge_relative * unit)[:, None] * along)
+        U = vectors @ (_inverse(values, ridge_relative * unit, _rounding(loss))[:, None] * along)
         error = held_out.mean_squared_error(U, loss.intercept(U))
         path.append((float(ridge_relative), error))
     return path
@@ -80,22 +81,26 @@ def _cholesky_solver(loss):
         L = np.linalg.cholesky(H)
     except np.linalg.LinAlgError:
         return None
-    pivots = np.diag(L)
-    if pivots.min() ** 2 <= len(H) * _EPS * pivots.max() ** 2:
+    if np.diag(L).min() ** 2 <= _rounding(loss):
         return None
     return lambda B: _solve_lower_transposed(L, _solve_lower(L, B))
 
 
 def _eigen_solver(loss):
     values, vectors = np.linalg.eigh(loss.Q)
-    inverse = _inverse(values, loss.ridge)[:, None]
+    inverse = _inverse(values, loss.ridge, _rounding(loss))[:, None]
     return lambda B: vectors @ (inverse * (vectors.T @ B))
 
 
-def _inverse(values, ridge):
+def _rounding(loss):
+    """Variances below this are noise: centring blurs them by the squared means they come from."""
+    return 1e-12 * float(np.max(np.diag(loss.Q) + loss.mean_x**2))
+
+
+def _inverse(values, ridge, rounding):
     """1 / (values + ridge), and 0 where that is below rounding: the pseudo-inverse."""
     shifted = np.maximum(values, 0.0) + ridge
-    keep = shifted > len(values) * _EPS * shifted[-1]
+    keep = shifted > max(rounding, len(values) * _EPS * shifted[-1])
     inverse = np.zeros_like(shifted)
     inverse[keep] = 1.0 / shifted[keep]
     return inverse

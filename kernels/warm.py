@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+
 from edgesolve.kernels import accel
 
 

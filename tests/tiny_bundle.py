@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_model import tiny
 
-SIDE = 16
+SIDE, MEAN, STD = 16, 0.5, 0.25
 
 
 def build_command(folder: Path) -> list[str]:
@@ -22,7 +22,8 @@ def build_command(folder: Path) -> list[str]:
         f"{Path(__file__).with_name('tiny_model.py')}:tiny",
         *("--weights", str(folder / "tiny.safetensors")),
         *("--data", str(folder / "calibration.npz")),
-        *("--out", str(folder / "bundle")),
+        *("--mean", ",".join([str(MEAN)] * 3), "--std", ",".join([str(STD)] * 3)),
+        *("--out", str(folder / "bundle"), "--split", "4"),
     ]
 
 
@@ -35,7 +36,7 @@ def frames(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     phase = rng.uniform(0, 2 * np.pi, (n, 1, 1))
     wave = np.sin(0.9 * (row * np.sin(angle) + column * np.cos(angle)) + phase)
     colour = rng.uniform(0.1, 1.0, (n, 1, 1, 3))
-    x = 127 + 70 * wave[..., None] * colour + rng.normal(0, 70, (n, SIDE, SIDE, 3))
+    x = 127 + 70 * wave[..., None] * colour + rng.normal(0, 100, (n, SIDE, SIDE, 3))
     return np.clip(x, 0, 255).astype(np.uint8), y
 
 
@@ -43,7 +44,8 @@ def train(x: np.ndarray, y: np.ndarray, epochs: int = 4) -> dict[str, torch.Tens
     """The weights of `tiny` after a few epochs of Adam."""
     torch.manual_seed(0)
     model = tiny().train()
-    inputs, labels = torch.from_numpy(x).permute(0, 3, 1, 2) / 255, torch.from_numpy(y)
+    inputs, labels = torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y)
+    inputs = (inputs / 255 - MEAN) / STD
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(64):

@@ -4,8 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import edgesolve.kernels
 import pytest
+
+import edgesolve.kernels
 from edgesolve.kernels import accel
 
 MODULES = sorted(

@@ -2,14 +2,15 @@ import time
 
 import numpy as np
 import pytest
-from edgesolve.kernels.fista import fista
+from numpy.testing import assert_allclose
+from scipy.optimize import minimize
+
+from edgesolve.kernels.fista import fista, next_momentum
 from edgesolve.kernels.gated import gated_pool
 from edgesolve.kernels.losses import SquaredGated, SquaredMoments
 from edgesolve.kernels.moments import Moments
 from edgesolve.kernels.penalties import GroupL2, lam_max
 from edgesolve.kernels.solution import Status
-from numpy.testing import assert_allclose
-from scipy.optimize import minimize
 
 RAGGED = np.array([0, 1, 4, 9, 12, 20])
 
@@ -131,6 +132,36 @@ def test_it_is_accelerated(rng):
     for _ in range(k):
         U = U - loss.grad(U) / L
     assert loss.value(U) > 10 * 2 * L / (k + 1) ** 2
+
+
+def test_momentum_law():
+    def obeys(step):
+        t = 1.0
+        for _ in range(1000):
+            s = step(t)
+            assert s * s - s <= t * t * (1 + 1e-12)
+            t = s
+
+    obeys(next_momentum)
+    with pytest.raises(AssertionError):
+        obeys(lambda t: 1.0 + np.sqrt(1.0 + 4.0 * t * t) / 2.0)  # scnn's
+
+
+def test_the_best_point_is_returned_even_if_the_steps_diverge(rng):
+    loss = SquaredMoments.of(Moments.of(*rows(rng)), 0.0)
+
+    class TooLong:
+        shape, ridge = loss.shape, 0.0
+        value, grad, residual, intercept = loss.value, loss.grad, loss.residual, loss.intercept
+
+        def lipschitz(self):
+            return 0.2 * loss.lipschitz()
+
+    seen = []
+    s = fista(
+        TooLong(), GroupL2(1e-3, RAGGED), max_iter=40, callback=lambda n, U, P, kkt: seen.append(P)
+    )
+    assert s.objective == min(seen) < seen[-1]
 
 
 def test_a_warm_start_never_ends_higher(rng, twin):

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from edgesolve.kernels import gap as gap_module
 from edgesolve.kernels.fista import fista
 from edgesolve.kernels.gap import duality_gap, relative_gap
@@ -12,7 +14,6 @@ from edgesolve.kernels.gated import gated_pool
 from edgesolve.kernels.losses import SquaredGated, SquaredMoments
 from edgesolve.kernels.moments import Moments
 from edgesolve.kernels.penalties import GroupL2, lam_max
-from numpy.testing import assert_allclose
 
 N, R, M, C = 120, 6, 10, 3
 EVEN, RAGGED = np.arange(M + 1) * R, np.array([0, 1, 4, 20, 21, 40, 60])
@@ -64,6 +65,18 @@ def test_the_gap_bounds_the_error_everywhere(rng, ridge, starts, weights, rows):
     anywhere = [s * rng.standard_normal(loss.shape) for s in np.geomspace(1e-3, 10, 50)]
     assert_certifies(loss, penalty, best, points + anywhere)
     assert all(duality_gap(loss, penalty, U)[0] > 0 for U in anywhere)
+
+
+def test_the_dual_point_is_the_best_on_its_ray(rng):
+    loss, _ = problem(rng, 0.0)
+    top = lam_max(loss, EVEN)
+    for lam, scale in ((0.1, 1e-2), (0.1, 1.0), (30.0, 1e-2), (30.0, 0.3)):
+        penalty, U = GroupL2(lam * top, EVEN), scale * rng.standard_normal(loss.shape)
+        gap, objective = duality_gap(loss, penalty, U)
+        V, rr, ry = loss.residual(U)
+        s_max = penalty.lam / max(np.linalg.norm(part) for part in np.split(V, EVEN[1:-1]))
+        s = np.linspace(-s_max, s_max, 200_001)
+        assert_allclose(gap, objective - np.max(s * ry - s * s * rr / 2), rtol=1e-5)
 
 
 def spectral_norms(v, starts):

@@ -2,9 +2,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from edgesolve.kernels import accel, gated
 from edgesolve.kernels.gated import gated_adjoint, gated_forward, gated_pool
-from numpy.testing import assert_allclose
 
 SHAPES = [(7, 1, 5, 3, 2), (6, 4, 5, 3, 1), (5, 20, 3, 4, 2)]  # n, p, r, m, c
 KINDS = ["hard", "ramp", "any"]

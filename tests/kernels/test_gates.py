@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from edgesolve.kernels import gates
 from edgesolve.kernels.gates import pattern, seeded_gates
-from numpy.testing import assert_allclose
 
 MASK = (1 << 64) - 1
 GOLDEN = [

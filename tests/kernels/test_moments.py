@@ -2,9 +2,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from edgesolve.kernels import moments
 from edgesolve.kernels.moments import Moments, pooled
-from numpy.testing import assert_allclose
 
 FIELDS = ("n", "sx", "sxx", "stx", "st", "stt")
 
@@ -154,13 +155,16 @@ def test_damaged_storage_is_refused(rng):
         Moments.from_arrays(stored | {"s": stored["s"][:-1]})
 
 
-def test_errors_name_what_was_found():
+def test_errors_name_what_was_found(monkeypatch):
     x, t = np.zeros((4, 2)), np.zeros((4, 1))
     with pytest.raises(ValueError, match=r"\(4, 2\) and \(3, 1\)"):
         Moments.of(x, t[:3])
     with pytest.raises(ValueError, match="no rows"):
         Moments.of(x[:0], t[:0])
     x[2, 0], x[3, 1] = np.nan, np.inf
+    with pytest.raises(ValueError, match=r"x .* 2 values that are not finite, the first in row 2"):
+        Moments.of(x, t)
+    monkeypatch.setattr(moments, "TILE_FLOATS", 2)
     with pytest.raises(ValueError, match=r"x .* 2 values that are not finite, the first in row 2"):
         Moments.of(x, t)
     with pytest.raises(ValueError, match="no rows have no mean"):

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+from scipy.optimize import minimize
+
 from edgesolve.kernels.losses import SquaredMoments
 from edgesolve.kernels.moments import Moments
 from edgesolve.kernels.penalties import GroupL2, lam_max
-from numpy.testing import assert_allclose
-from scipy.optimize import minimize
 
 STARTS = np.array([0, 2, 3, 6])
 WEIGHTS = np.array([1.0, 2.0, 0.5])
@@ -60,10 +61,11 @@ def test_kkt_is_a_distance(rng):
 def test_zero_is_optimal_from_lam_max_on(rng):
     x = rng.standard_normal((50, 6))
     loss = SquaredMoments.of(Moments.of(x, x[:, :2] + rng.standard_normal((50, 2))), 0.1)
-    top = lam_max(loss, STARTS, WEIGHTS)
     zero = np.zeros((6, 2))
-    assert GroupL2(top * (1 + 1e-12), STARTS, WEIGHTS).kkt(zero, loss.grad(zero)) == 0
-    assert GroupL2(top * 0.99, STARTS, WEIGHTS).kkt(zero, loss.grad(zero)) > 0
+    for weights in (WEIGHTS, np.roll(WEIGHTS, 1), np.roll(WEIGHTS, 2)):
+        top = lam_max(loss, STARTS, weights)
+        assert GroupL2(top * (1 + 1e-12), STARTS, weights).kkt(zero, loss.grad(zero)) == 0
+        assert GroupL2(top * 0.99, STARTS, weights).kkt(zero, loss.grad(zero)) > 0
 
 
 def test_errors():

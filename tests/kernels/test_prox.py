@@ -2,9 +2,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from edgesolve.kernels import accel
 from edgesolve.kernels.prox import group_norms, group_sums, prox_group_l2
-from numpy.testing import assert_allclose
 
 STARTS = np.array([0, 1, 4, 9, 12], np.int64)
 

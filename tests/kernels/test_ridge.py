@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from edgesolve.kernels.losses import SquaredMoments
 from edgesolve.kernels.moments import Moments
 from edgesolve.kernels.ridge import ridge, ridge_absolute, ridge_path
 from edgesolve.kernels.solution import Status
-from numpy.testing import assert_allclose
 
 
 def rows(rng, n=200, d=6, c=3):
@@ -33,6 +34,11 @@ def test_ridge_is_scikit_learns(rng, accepts_only, d):
     assert s.status is Status.CONVERGED and s.relative_gap < 1e-12
 
 
+def test_ridge_is_relative_to_the_mean_variance(rng):
+    x, t = rows(rng)
+    assert_allclose(ridge_absolute(Moments.of(x, t), 0.3), 0.3 * x.var(axis=0).mean())
+
+
 def test_units_of_the_features_do_not_matter(rng):
     x, t = rows(rng)
     a, b = ridge(Moments.of(x, t), 0.02), ridge(Moments.of(1000 * x, t), 0.02)
@@ -49,6 +55,16 @@ def test_dependent_and_constant_features_get_the_minimum_norm(rng, accepts_only)
     assert s.status is Status.CONVERGED
     assert_allclose(s.weights[4], 0, atol=1e-12)
     assert_allclose(ridge(Moments.of(x, t), 1e-9).weights, slow, rtol=1e-6, atol=1e-5)
+
+
+def test_dependence_is_seen_where_rounding_hides_it(rng):
+    """Rounding makes half of these covariances positive definite: a plain Cholesky would go on."""
+    for _ in range(20):
+        x, t = rows(rng)
+        x[:, 1] = 2 * x[:, 0] + x[:, 2]
+        s = ridge(Moments.of(x, t), 0.0)
+        slow = np.linalg.pinv(x - x.mean(0)) @ (t - t.mean(0))
+        assert_allclose(s.weights, slow, rtol=1e-6, atol=1e-8)
 
 
 def test_fewer_rows_than_features(rng):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from edgesolve.kernels import accel
 from edgesolve.kernels.gated import gated_forward, gated_pool
 from edgesolve.kernels.penalties import GroupL2
