@@ -211,10 +211,12 @@ def _targets(moved: Pass, labels, reference) -> tuple[np.ndarray, np.ndarray]:
 def _solve(bundle, current, reference, rows, targets, weights, mode, options):
     """Re-solve on three quarters of the rows, pooled with the source; the last quarter judges."""
     judged = np.arange(len(rows)) % 4 == 3
-    window = Moments.zeros(rows.shape[1], targets.shape[1])
+    window = None
     for weight in np.unique(weights[~judged]):
         part = ~judged & (weights == weight)
-        window = window + Moments.of(rows[part], targets[part]).scaled(float(weight))
+        found = Moments.of(rows[part], targets[part])
+        found = found if weight == 1.0 else found.scaled(float(weight))
+        window = found if window is None else window + found
     source = Moments.from_arrays(
         {k.removeprefix("moments."): v for k, v in reference.items() if k.startswith("moments.")}
     )

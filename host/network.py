@@ -6,6 +6,7 @@ adaptable teacher and every capture pass are the same interpreter with another `
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -143,8 +144,11 @@ class Network:
 def trace(model: nn.Module | torch.export.ExportedProgram, shape: tuple[int, ...]) -> Network:
     """Trace `model` on inputs (n, *shape), n free, in evaluation mode. Raises ModelError with one sentence."""
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    program = model if isinstance(model, torch.export.ExportedProgram) else _export(model, example)
-    graph = program.run_decompositions({}).module()
+    with warnings.catch_warnings():  # torch's exporter warns about its own interfaces
+        warnings.simplefilter("ignore")
+        given = isinstance(model, torch.export.ExportedProgram)
+        program = model if given else _export(model, example)
+        graph = program.run_decompositions({}).module()
     nodes = tuple(
         n for n in graph.graph.nodes if not (n.op == "call_module" and "_guards" in str(n.target))
     )
