@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,22 +54,24 @@ def load_frames(
 
 def _arrays(path: Path) -> Frames:
     try:
-        loaded = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
-        if path.suffix == ".npy":
-            x, y = loaded, None
+        if path.suffix.lower() == ".npy":
+            x, y = np.lib.format.open_memmap(path, mode="r"), None
         else:
-            if "x" not in loaded.files:
-                raise InputError(f"{path}: has {', '.join(loaded.files)}, expected x (n, h, w, c).")
-            x = loaded["x"]
-            y = loaded["y"] if "y" in loaded.files else None
-    except InputError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as loaded:
+                if "x" not in loaded.files:
+                    raise InputError(
+                        f"{path}: has {', '.join(loaded.files)}, expected x (n, h, w, c)."
+                    )
+                x = loaded["x"]
+                y = loaded["y"] if "y" in loaded.files else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a readable NumPy file ({error}).") from error
     if x.ndim < 2 or len(x) == 0:
         raise InputError(f"{path}: x has shape {x.shape}, expected (n, h, w, c) with n >= 1.")
     if y is not None:
-        y = np.asarray(y).astype(np.int64).reshape(-1)
+        if y.dtype.kind not in "iufb" or (y != np.floor(y)).any():
+            raise InputError(f"{path}: y holds {y.dtype}, expected whole numbers, the classes.")
+        y = y.astype(np.int64).reshape(-1)
         if len(y) != len(x):
             raise InputError(f"{path}: {len(x)} items in x and {len(y)} labels in y.")
     return Frames(x, y, [str(i) for i in range(len(x))])

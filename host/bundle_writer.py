@@ -32,7 +32,7 @@ def write(built, folder: Path, options: dict, log, provenance: dict) -> dict:
         log.step("write and verify the bundle")
         files = _files(built)
         manifest = _manifest(built, folder.name, options, provenance)
-        report = _report(built, files, log)
+        report = _report(built, files, folder.name)
         _store(partial, files, manifest)
         report["parity"] = _verify(partial)
         log.end()
@@ -111,7 +111,7 @@ def _manifest(built, name: str, options: dict, provenance: dict) -> dict:
         "split": found.cut.name,
         "rows": {
             "length": rows.starts[-1],
-            "gates": int(rows.gate_weight.shape[0]),
+            "gates": rows.n_gates,
             "gate_source": found.gate_source,
             "basis_sha256": basis.hexdigest(),
         },
@@ -146,7 +146,7 @@ def _verify(folder: Path) -> dict:
     return json.loads(done.stdout)["backends"]
 
 
-def _report(built, files: dict[str, bytes], log) -> dict:
+def _report(built, files: dict[str, bytes], name: str) -> dict:
     """`params`, `macs`, `bytes`, `accuracy`, `agreement` before and after, and the layers that went."""
     found, network = built.distilled, built.network
     table = costs(network)
@@ -158,10 +158,10 @@ def _report(built, files: dict[str, bytes], log) -> dict:
         found.rows.n_params() + found.solution.weights.size + found.solution.intercept.size
     )
     head_macs = found.rows.macs(found.cut.shape) + found.solution.weights.size
-    backbone = next(name for name in files if name.startswith("backbone."))
+    backbone = next(n for n in files if n.startswith("backbone."))
     before, after = _accuracy(built)
     return {
-        "name": found.cut.name,
+        "name": name,
         "split": found.cut.name,
         "params": {"before": params, "after": sum(p for p, _ in kept) + head_params},
         "macs": {"before": macs, "after": sum(m for _, m in kept) + head_macs},
@@ -176,7 +176,7 @@ def _report(built, files: dict[str, bytes], log) -> dict:
             "replaced_macs": found.cut.macs_after,
             "params": head_params,
             "macs": head_macs,
-            "gates": int(found.rows.gate_weight.shape[0]),
+            "gates": found.rows.n_gates,
             "gate_source": found.gate_source,
             "row_length": found.rows.starts[-1],
             "ridge": found.ridge,
@@ -206,13 +206,18 @@ def _accuracy(built) -> tuple[float | None, float | None]:
     )
 
 
+def _operation(node) -> str:
+    name = str(getattr(node.target, "_opname", node.target)).split(".")[0]
+    return "batch_norm" if "batch_norm" in name else name
+
+
 def _layers(network, table, removed) -> list[dict]:
     from edgesolve.host.network import module_of
 
     return [
         {
             "layer": module_of(node) or node.name,
-            "op": str(getattr(node.target, "_opname", node.target)).split(".")[0],
+            "op": _operation(node),
             "params": table[node.name][0],
             "macs": table[node.name][1],
             "decision": "replaced" if node.name in removed else "kept",

@@ -45,10 +45,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--std", type=_floats)
     p.add_argument("--classes", help="comma-separated names, or a file with one a line")
     p.add_argument("--gates", choices=("auto", "teacher", "seeded"), default="auto")
-    p.add_argument("--n-gates", type=int, help="default: the largest of a ladder that saves")
+    p.add_argument(
+        "--n-gates", type=int, help="filters; default: the largest of a ladder that saves"
+    )
     p.add_argument(
         "--rank", type=int, help="directions that every gate passes on; default as above"
     )
+    p.add_argument("--ramps", type=int, choices=(1, 2, 3), default=2, help="gates per filter")
     p.add_argument("--penalty", choices=("ridge", "group"), default="ridge")
     p.add_argument("--lam", type=float, default=0.003, help="group penalty, relative to lam_max")
     p.add_argument(
@@ -128,7 +131,14 @@ def _options(args, p):
         fixed_backbone=args.fixed_backbone,
         original=args.original,
         head=HeadOptions(
-            args.gates, args.n_gates, args.rank, args.penalty, args.lam, args.flip, args.seed
+            args.gates,
+            args.n_gates,
+            args.rank,
+            args.ramps,
+            args.penalty,
+            args.lam,
+            args.flip,
+            args.seed,
         ),
     )
 

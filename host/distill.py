@@ -32,6 +32,7 @@ class HeadOptions:
     gates: str = "auto"
     n_gates: int | None = None
     rank: int | None = None
+    ramps: int = 2
     penalty: str = "ridge"
     lam: float = 0.003
     flip: bool = False
@@ -74,7 +75,7 @@ def distill(
     sample = np.flatnonzero(~held_out)
     sample = sample[:: max(1, len(sample) // SAMPLE)][:SAMPLE]
     z, logits = activations(network, cut.node, preprocess, x[sample])
-    size = affordable(network, cut, logits.shape[1], options.gates) or LADDER[-1]
+    size = affordable(network, cut, logits.shape[1], options.gates, options.ramps) or LADDER[-1]
     rows, source = design_rows(
         network,
         cut.node,
@@ -83,6 +84,7 @@ def distill(
         kind=options.gates,
         n_gates=options.n_gates or size[0],
         rank=options.rank or size[1],
+        ramps=options.ramps,
         seed=options.seed,
     )
     found = capture(

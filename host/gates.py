@@ -13,10 +13,11 @@ from edgesolve.host.network import Cut, Network, aten, layer_parameters
 from edgesolve.host.rows import Rows, grid_pool
 from edgesolve.kernels.gates import seeded_gates
 
-RAMP_WIDTH = 1.0  # in standard deviations of a gate's pre-activation; measured in rows.py
+OFFSETS = {1: (0.0,), 2: (-0.5, 0.5), 3: (-1.0, 0.0, 1.0)}
+"""Where a filter's ramps stand, in standard deviations of its pre-activation; measured in rows.py."""
 _RIDGE = 1e-2
-LADDER = ((64, 16), (48, 16), (32, 16), (32, 8), (16, 8), (16, 4), (8, 4))
-"""Head sizes (gates, directions per gate) that are tried, largest first."""
+LADDER = ((64, 8), (48, 8), (32, 8), (32, 4), (16, 4), (8, 4), (8, 2))
+"""Head sizes (filters, directions per gate) that are tried, largest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ def design_rows(
     kind: str = "auto",
     n_gates: int,
     rank: int,
+    ramps: int = 2,
     seed: int = 0,
 ) -> tuple[Rows, str]:
     """The row vector for a sample of activations z (n, d, h, w) and the network's logits (n, c).
@@ -51,11 +53,10 @@ def design_rows(
     pool = grid_pool(*z.shape[2:], _cells(z.shape[1:]))
     rank = min(rank, z.shape[1])
     project = _projection(gates[:n_gates], z, logits, mean, scale, rank)
-    rows = _assemble(gates, project, mean, scale, pool)
     if len(gates) > n_gates:
-        chosen = _greedy(rows, z, logits, n_gates)
-        rows = _assemble(gates[chosen], project, mean, scale, pool)
-    return rows, bank.source
+        rows = _assemble(gates, project, mean, scale, pool, OFFSETS[1])
+        gates = gates[_greedy(rows, z, logits, n_gates)]
+    return _assemble(gates, project, mean, scale, pool, OFFSETS[ramps]), bank.source
 
 
 def _cells(shape: tuple[int, ...]) -> int:
@@ -63,7 +64,9 @@ def _cells(shape: tuple[int, ...]) -> int:
     return 2 if 4 * shape[0] <= 512 and min(shape[1:]) >= 4 else 1
 
 
-def affordable(network: Network, cut: Cut, classes: int, kind: str) -> tuple[int, int] | None:
+def affordable(
+    network: Network, cut: Cut, classes: int, kind: str, ramps: int = 2
+) -> tuple[int, int] | None:
     """The largest (n_gates, rank) whose head costs at most 0.7 of the parameters and 0.9 of the multiply-adds
     behind the cut, or None: then replacing it wins nothing."""
     shape = cut.shape if len(cut.shape) == 3 else (*cut.shape, 1, 1)
@@ -72,9 +75,9 @@ def affordable(network: Network, cut: Cut, classes: int, kind: str) -> tuple[int
     area = 1 if teacher is None else teacher.weight.shape[2] ** 2
     for m, r in LADDER:
         r = min(r, d)
-        length = m * (r + 1) + _cells(shape) ** 2 * d
+        length = ramps * m * (r + 1) + _cells(shape) ** 2 * d
         params = m * (d * area + 1) + r * (d + 1) + 2 * d + (length + 1) * classes
-        macs = p * (m * d * area + r * d + m * (r + 1) + d) + length * classes
+        macs = p * (m * d * area + r * d + ramps * m * (r + 1) + d) + length * classes
         if params <= 0.7 * cut.params_after and macs <= 0.9 * cut.macs_after:
             return m, r
     return None
@@ -143,21 +146,21 @@ class _Gates:
 
     def __call__(self, z: Tensor) -> Tensor:
         k = self.weight.shape[2]
-        return F.conv2d(z, self.weight, self.bias, padding=k // 2).clamp(0.0, 1.0).flatten(2)
+        s = F.conv2d(z, self.weight, self.bias, padding=k // 2)
+        return (s + 0.5).clamp(0.0, 1.0).flatten(2)
 
 
 def _normalised(bank: Bank, z: Tensor) -> _Gates:
-    """Fold the ramp into the filters: D = clip(s / (width sd) + 1/2, 0, 1)."""
+    """The filters in units of their own standard deviation."""
     k = bank.weight.shape[2]
     parts = [F.conv2d(b, bank.weight, bank.bias, padding=k // 2) for b in z[:256].split(64)]
     sd = torch.cat(parts).std((0, 2, 3))
     sd = torch.clamp(sd, min=1e-3 * float(sd.max()) + 1e-12)
-    factor = 1.0 / (RAMP_WIDTH * sd)
-    return _Gates(bank.weight * factor[:, None, None, None], bank.bias * factor + 0.5)
+    return _Gates(bank.weight / sd[:, None, None, None], bank.bias / sd)
 
 
-def _assemble(gates: _Gates, project: Tensor, mean: Tensor, scale: Tensor, pool: Tensor) -> Rows:
-    return Rows(gates.weight, gates.bias, project, project @ mean, mean, scale, pool)
+def _assemble(gates: _Gates, project, mean, scale, pool, offsets) -> Rows:
+    return Rows(gates.weight, gates.bias, project, project @ mean, mean, scale, pool, offsets)
 
 
 def _gated(gates: _Gates, z: Tensor, values: Tensor) -> Tensor:

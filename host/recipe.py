@@ -144,7 +144,8 @@ def choose_cut(network, preprocess, data, held_out, options, log) -> tuple[Cut, 
     candidates = [
         c
         for c in found
-        if c.macs_after < 0.9 * macs and affordable(network, c, classes, options.head.gates)
+        if c.macs_after < 0.9 * macs
+        and affordable(network, c, classes, options.head.gates, options.head.ramps)
     ]
     if not candidates:
         raise ModelError(

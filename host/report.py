@@ -42,7 +42,7 @@ def html(report: dict[str, Any]) -> str:
     environment = Environment(autoescape=True)
     environment.filters["percent"] = _percent
     plots = {"cost": _cost_plot(report), "ridge": _ridge_plot(report)}
-    if report["search"]:
+    if len(report["search"]) > 1:
         plots["search"] = _search_plot(report)
     return environment.from_string(template).render(r=report, plots=plots)
 

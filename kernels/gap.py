@@ -35,11 +35,17 @@ def duality_gap(loss, penalty, U: np.ndarray) -> tuple[float, float]:
 
 
 def relative_gap(loss, penalty, U: np.ndarray) -> float:
-    """gap / P(U), with P(U) taken as at least 1e-9 P(0); 0 when the gap is 0. Accept at 1e-6."""
+    """gap / P(U), with P(U) taken as at least 1e-9 P(0); 0 when the gap is 0. Accept at 1e-6.
+
+    Targets that don't vary leave P(0) to the rounding of their centring, eps ||mean_t||^2: that is
+    then the scale, since nothing below it can be resolved.
+    """
     gap, objective = duality_gap(loss, penalty, U)
     if gap == 0.0:
         return 0.0
-    scale = max(objective, OBJECTIVE_FLOOR * loss.value(np.zeros_like(U, dtype=np.float64)))
+    rounding = np.finfo(np.float64).eps * float(np.sum(np.square(loss.mean_t)))
+    at_zero = loss.value(np.zeros_like(U, dtype=np.float64))
+    scale = max(objective, OBJECTIVE_FLOOR * at_zero, rounding)
     return gap / scale if scale > 0 else np.inf
 
 

@@ -151,7 +151,7 @@ def test_the_best_point_is_returned_even_if_the_steps_diverge(rng):
     loss = SquaredMoments.of(Moments.of(*rows(rng)), 0.0)
 
     class TooLong:
-        shape, ridge = loss.shape, 0.0
+        shape, ridge, mean_t = loss.shape, 0.0, loss.mean_t
         value, grad, residual, intercept = loss.value, loss.grad, loss.residual, loss.intercept
 
         def lipschitz(self):
