@@ -6,7 +6,6 @@ adaptable teacher and every capture pass are the same interpreter with another `
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,11 +14,16 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from edgesolve.host.errors import ModelError
+from edgesolve.host.quiet import quiet
 
 aten = torch.ops.aten
 _BATCH_NORMS = (
     aten._native_batch_norm_legit_no_training.default,
     aten.batch_norm.default,
+)
+_BATCH_DEPENDENT = (
+    aten._native_batch_norm_legit.no_stats,
+    aten._native_batch_norm_legit.default,
 )
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
 _FOLDABLE = (*_CONVOLUTIONS, aten.linear.default)
@@ -111,6 +115,8 @@ class Network:
             elif node.op == "get_attr":
                 value = constants[str(node.target)]
             elif node.op == "output":
+                if until is not None:
+                    break
                 return torch.fx.node.map_arg(_single(node.args[0]), lambda n: values[n.name])
             else:
                 value = self._call(node, values, norm, layers, sites, watch)
@@ -144,8 +150,7 @@ class Network:
 def trace(model: nn.Module | torch.export.ExportedProgram, shape: tuple[int, ...]) -> Network:
     """Trace `model` on inputs (n, *shape), n free, in evaluation mode. Raises ModelError with one sentence."""
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    with warnings.catch_warnings():  # torch's exporter warns about its own interfaces
-        warnings.simplefilter("ignore")
+    with quiet():  # the exporter warns about its own interfaces
         given = isinstance(model, torch.export.ExportedProgram)
         program = model if given else _export(model, example)
         graph = program.run_decompositions({}).module()
@@ -158,6 +163,12 @@ def trace(model: nn.Module | torch.export.ExportedProgram, shape: tuple[int, ...
     names = [str(n.target) for n in nodes if n.op == "get_attr"]
     constants = {name: _attribute(graph, name).detach() for name in names}
     _check_finite(constants)
+    for node in nodes:
+        if node.target in _BATCH_DEPENDENT:
+            raise ModelError(
+                f"{module_of(node) or node.name} has no running statistics, so its output depends on "
+                "the batch. Track them, or replace the layer."
+            )
     order = {n.name: i for i, n in enumerate(nodes)}
     last: dict[str, list[str]] = {}
     for node in nodes:
