@@ -15,8 +15,8 @@ venv: .venv/.stamp  ## everything in .venv: host, both runtimes, test tools, at 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt -e '.[host,onnx,litert,images,demo,test]'
-	@# Its wheel is tied to another build of torch; without its C++ operators the networks still work.
-	$(PIP) install -q -c constraints.txt --no-deps torchvision
+	@# For tests, without what they ask for and don't need: another build of torch; pandas, xarray.
+	$(PIP) install -q -c constraints.txt --no-deps torchvision celer download
 	@touch $@
 
 demo: venv  ## build, run and recalibrate a small network; the report is in demo_out/

@@ -28,7 +28,8 @@ class Preprocess:
         # which then couldn't be found and re-normalised on the device.
         factor = torch.tensor([self.scale / s for s in self.std])
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)])
-        x = frames.to(torch.float32).permute(0, 3, 1, 2)
+        # Contiguous, as the network was traced: a view of channels-last memory would be refused.
+        x = frames.to(torch.float32).permute(0, 3, 1, 2).contiguous()
         return F.conv2d(x, factor[:, None, None, None], shift, groups=len(factor))
 
 

@@ -36,7 +36,10 @@ def load_model(spec: str, weights: str | None = None) -> nn.Module | torch.expor
     function = getattr(module, name, None)
     if not callable(function):
         raise ModelError(f"{place} has no callable {name!r}.")
-    model = function(*args, **kwargs)
+    try:
+        model = function(*args, **kwargs)
+    except Exception as error:
+        raise ModelError(f"{spec} failed: {type(error).__name__}: {_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} returned {type(model).__name__}, expected a torch.nn.Module.")
     if weights:
@@ -71,7 +74,12 @@ def _file_module(path: str):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(
+            f"{path}: cannot be imported ({type(error).__name__}: {_line(error)})."
+        ) from error
     return module
 
 
@@ -96,13 +104,21 @@ def _load_weights(model: nn.Module, path: str) -> None:
     except Exception as error:
         line = str(error).strip().splitlines()[0][:200]
         raise ModelError(f"{path}: cannot be read as weights ({line}).") from error
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # a shape that differs
+        line = str(error).strip().splitlines()[-1].strip()[:200]
+        raise ModelError(f"{path}: the weights don't fit the model: {line}") from error
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise ModelError(
             f"{path}: the weights don't fit the model: {len(missing)} missing {missing[:3]}, "
             f"{len(unexpected)} unexpected {list(unexpected)[:3]}."
         )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 TESTS = Path(__file__).resolve().parent
@@ -42,3 +43,33 @@ def bundle_dir(tmp_path_factory) -> Path:
 def python_command() -> list[str]:
     """What starts a child Python; under emulation `sys.executable` is the launcher itself."""
     return [sys.executable]
+
+
+@pytest.fixture
+def accepts_only():
+    """accepts_only(check, answer): `check` passes the answer and fails every mutant of it.
+
+    `blind`: mutants that the check can't see by its nature, such as "scaled" for an accuracy.
+    """
+
+    def run(check, answer, blind=()):
+        check(answer)
+        for name, mutant in _mutants(np.asarray(answer)):
+            if name in blind:
+                continue
+            try:
+                check(mutant)
+            except AssertionError:
+                continue
+            pytest.fail(f"the check cannot fail: it passes the {name} answer")
+
+    return run
+
+
+def _mutants(answer):
+    noise = np.random.default_rng(7).standard_normal(answer.shape)
+    yield "zero", np.zeros_like(answer)
+    yield "scaled", 1.01 * answer
+    yield "permuted", np.roll(answer, 1, axis=0)
+    yield "flipped", np.flip(answer, -1).copy()
+    yield "noise", np.std(answer) * noise

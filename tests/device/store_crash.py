@@ -60,11 +60,13 @@ def kill(path, n):
         child = os.fork()
         if child == 0:
             store = Store(path)
+            os.write(writer, b"!")
             for step in range(k + 1, k + 10_000):
                 commit(store, step)
                 os.write(writer, struct.pack("q", step))
             os._exit(0)
         os.close(writer)
+        os.read(reader, 1)  # its first sign of life: under emulation a fork takes long
         time.sleep(rng.uniform(0, 3 * usual))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
