@@ -43,7 +43,7 @@ RECIPES = {
         "cifar_calibration",
         (*IMAGENET, "--split", "layer3.2", "--flip"),
     ),
-    # Named, since --target drop=3 finds no split here: 600 calibration items are too few for that.
+    # Named, since --target drop=3 is refused: from 600 items no candidate comes that close.
     "dscnn": Recipe(
         "DS-CNN",
         "dscnn",

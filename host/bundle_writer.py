@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -17,14 +18,15 @@ import numpy as np
 from safetensors.numpy import save
 
 from edgesolve.device.bundle import MANIFEST, SCHEMA_VERSION
-from edgesolve.device.errors import ParityError, StateError
+from edgesolve.device.errors import ParityError, StateError, UsageError
 from edgesolve.host import report as reporting
 from edgesolve.host.network import costs
 
 
 def write(built, folder: Path, options: dict, log, provenance: dict) -> dict:
     """The report. Raises ParityError where a backend disagrees with torch, StateError where nothing can be written."""
-    partial = folder.with_name(folder.name + ".partial")
+    check_replaceable(folder)
+    partial, aside = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "replaced"))
     try:
         if partial.exists():
             shutil.rmtree(partial)
@@ -40,18 +42,41 @@ def write(built, folder: Path, options: dict, log, provenance: dict) -> dict:
         files["report.json"] = json.dumps(report, indent=1).encode()
         files["report.html"] = reporting.html(report).encode()
         _store(partial, files, manifest)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
+        if options.get("original"):
+            Path(options["original"]).write_bytes(built.original_onnx)
+        _exchange(partial, folder, aside)
     except OSError as error:
         raise StateError(
             f"{error.filename or folder}: cannot be written ({error.strerror})."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if options.get("original"):
-        Path(options["original"]).write_bytes(built.original_onnx)
     return report
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UsageError where `folder` holds something that is no bundle: it would be deleted."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if "schema_version" in json.loads((folder / MANIFEST).read_bytes()):
+            return
+    raise UsageError(f"{folder}: exists and is no bundle. Remove it, or name another --out.")
+
+
+def _exchange(partial: Path, folder: Path, aside: Path) -> None:
+    """Put `partial` in the place of `folder`, which stays whole under another name until that is done."""
+    shutil.rmtree(aside, ignore_errors=True)
+    replaced = folder.exists()
+    if replaced:
+        os.rename(folder, aside)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if replaced:
+            os.rename(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _files(built) -> dict[str, bytes]:

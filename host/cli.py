@@ -85,11 +85,13 @@ def build(argv: list[str]) -> int:
     import torch
 
     from edgesolve.host import recipe, report
+    from edgesolve.host.bundle_writer import check_replaceable
     from edgesolve.host.load import load_calibration, load_model
 
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    check_replaceable(Path(args.out))
     log = recipe.Log(_say)
     log.step("load the model and the calibration frames")
     data = load_calibration(args.data)

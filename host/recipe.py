@@ -21,7 +21,8 @@ from edgesolve.host.thresholds import calibrate
 
 PARITY_FRAMES = 32
 ANCHORS = 128
-STATISTIC_FRAMES = 1024
+STATISTIC_FRAMES = 2048
+STATISTIC_BYTES = 1 << 27
 SEARCH_FRAMES = 3072
 TEACHER_BYTES = 1 << 25  # of the largest activation in a teacher batch
 
@@ -102,10 +103,9 @@ def build(model, data: Data, options: BuildOptions, log: Log) -> Built:
     found = distill(network, cut, preprocess, data.x, held_out, options.head, log.progress)
 
     log.step("calibrate the drift test")
-    spread = np.flatnonzero(held_out)[:STATISTIC_FRAMES]
-    if len(spread) < STATISTIC_FRAMES:
-        more = np.flatnonzero(~held_out)[: STATISTIC_FRAMES - len(spread)]
-        spread = np.concatenate([spread, more])
+    channels = sum(norm.channels for norm in network.norms)
+    most = min(STATISTIC_FRAMES, max(128, STATISTIC_BYTES // (16 * channels)))
+    spread = np.linspace(0, len(data) - 1, min(len(data), most)).astype(int)
     means, squares = frame_statistics(network, preprocess, data.x[spread])
     predicted = _predictions(network, preprocess, data.x[spread])
     drift, ref_mean, ref_var = calibrate(means, squares, predicted, options.head.seed)

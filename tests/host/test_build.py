@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,7 +101,9 @@ def test_the_report(bundle):
     assert report["seconds"]["total"] > 0 and len(report["seconds"]) >= 6
     page = (folder / "report.html").read_text()
     assert "<svg" in page
-    assert not re.search(r"<script|<link|@import|url\(|(src|href)=.http", page), "self-contained"
+    assert not re.search(r"<script|<link|@import|url\((?!#)|(src|href)=.http", page), (
+        "self-contained"
+    )
     assert "report.html" in open_bundle(folder).manifest["files"]
 
 
@@ -167,6 +170,39 @@ def test_a_disk_that_fills_up_leaves_what_was_there(bundle, built, tmp_path, mon
     write(built, folder)
     verify(open_bundle(folder))
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_old_bundle_stands_until_its_successor_does(bundle, built, tmp_path, monkeypatch):
+    folder = shutil.copytree(bundle[0], tmp_path / "b")
+    before = tree(tmp_path)
+    real = os.rename
+
+    def failing(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError(5, os.strerror(5), str(target))
+        real(source, target)
+
+    monkeypatch.setattr(bundle_writer, "_verify", lambda folder: {})
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(StateError, match="Input/output error"):
+        write(built, folder)
+    assert tree(tmp_path) == before
+    monkeypatch.setattr(os, "rename", real)
+    (tmp_path / "b.replaced").mkdir()  # what a kill between the two renames may leave
+    write(built, folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    verify(open_bundle(folder))
+
+
+@pytest.mark.parametrize("inside", ["photo.png", "manifest.json"])
+def test_a_folder_that_is_no_bundle_is_never_replaced(arguments, built, capsys, tmp_path, inside):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / inside).write_text('{"name": "a web page"}')
+    sentence = "mine: exists and is no bundle. Remove it, or name another --out."
+    assert sentence in refuse(2, capsys, *arguments, "--out", tmp_path / "mine")
+    with pytest.raises(UsageError, match="exists and is no bundle"):
+        write(built, tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == [inside]
 
 
 @pytest.mark.parametrize("where", ["/proc/b", "file/b"])
@@ -317,12 +353,32 @@ def test_a_target_picks_the_split(built, calibration):
         ModelError, match=r"--target params=0\.001: the smallest backbone here keeps"
     ):
         choose(("params", 0.001))
-    cut, table = choose(("drop", 100.0))
-    assert table and all(0 <= e["agreement_loss"] <= 100 for e in table)
-    assert cut.params_after == max(e["params_replaced"] for e in table), (
-        "anything goes: the cheapest"
-    )
+
+
+@pytest.mark.parametrize("drop, expected", [(0.5, 0), (1.0, 1), (3.0, 2), (9.0, 3), (50.0, 3)])
+def test_the_drop_search_finds_the_cheapest_within_the_target(built, monkeypatch, drop, expected):
+    """Bisection over four splits whose losses are given; every split but the last few is tried at most once."""
+    made, options = built
+    losses = [0.4, 0.9, 2.0, 5.0][::-1]  # the more is replaced, the more is lost
+    candidates = [
+        SimpleNamespace(name=f"s{i}", params_after=i, loss=v) for i, v in enumerate(losses)
+    ]
+    tried = []
+
+    def distill(network, cut, *rest):
+        tried.append(cut.name)
+        return SimpleNamespace(agreement=1 - cut.loss / 100)
+
+    monkeypatch.setattr(recipe, "distill", distill)
+    log = recipe.Log(lambda *a, **k: None)
+    log.step("choose")
+    arguments = None, None, made.data, np.arange(160) % 6 == 0, options, log
+    cut, table = recipe._search_drop(candidates, drop, *arguments)
+    assert cut.name == f"s{3 - expected}" and len(tried) == len(set(tried)) <= 3
+    assert {e["split"]: e["agreement_loss"] for e in table} == {
+        c.name: pytest.approx(c.loss) for c in candidates if c.name in tried
+    }
     with pytest.raises(
-        ModelError, match=r"--target drop=1e-09: the closest reachable is .* --split "
+        ModelError, match=r"--target drop=0\.1: the closest reachable is 0\.40 .* s3\."
     ):
-        choose(("drop", 1e-9))
+        recipe._search_drop(candidates, 0.1, *arguments)
