@@ -63,8 +63,8 @@ def files(frames, tmp_path):
     """Paths of clean and shifted windows, of one frame, and of pictures."""
     from PIL import Image
 
-    np.savez(tmp_path / "clean.npz", x=frames.x[:64], y=frames.y[:64])
-    np.savez(tmp_path / "window.npz", x=frames.window, y=frames.window_y)
+    np.savez(tmp_path / "clean.npz", x=frames.x[:48], y=frames.y[:48])
+    np.savez(tmp_path / "window.npz", x=frames.window[:48], y=frames.window_y[:48])
     np.save(tmp_path / "one.npy", frames.x[:1])
     (tmp_path / "pictures").mkdir()
     for i in range(3):
@@ -117,7 +117,7 @@ def test_predict_reads(edgesolve, bundle_dir, files, frames, tmp_path, state, na
     code, out, _ = edgesolve("predict", bundle_dir, tmp_path / name, "--state", state, "--json")
     items = json.loads(out)["items"]
     at = 1 if name.endswith(".png") else 0
-    assert code == 0 and len(items) == (64 if name == "clean.npz" else 1)
+    assert code == 0 and len(items) == (48 if name == "clean.npz" else 1)
     expected = open_runtime(bundle_dir).logits(frames.x[at : at + 1]).argmax()
     assert items[0]["top1"] == expected
 
@@ -128,12 +128,12 @@ def test_eval(edgesolve, bundle_dir, files, frames, state, backend):
     assert code == 0 and "the original network" in out
     _, out, _ = edgesolve("eval", bundle_dir, files["clean.npz"], *options, "--json")
     found = json.loads(out)
-    answers = open_runtime(bundle_dir, backend=backend).logits(frames.x[:64]).argmax(1)
-    assert found["n"] == 64 and found["backend"] == backend
-    assert found["accuracy"] == pytest.approx((answers == frames.y[:64]).mean())
-    assert sum(e["n"] for e in found["per_class"]) == 64
+    answers = open_runtime(bundle_dir, backend=backend).logits(frames.x[:48]).argmax(1)
+    assert found["n"] == 48 and found["backend"] == backend
+    assert found["accuracy"] == pytest.approx((answers == frames.y[:48]).mean())
+    assert sum(e["n"] for e in found["per_class"]) == 48
     hits = sum(e["n"] * e["accuracy"] for e in found["per_class"])
-    assert hits / 64 == pytest.approx(found["accuracy"])
+    assert hits / 48 == pytest.approx(found["accuracy"])
     assert 0.8 <= found["agreement"] <= 1.0 and 0.8 <= found["original_accuracy"] <= 1.0
 
 
@@ -188,7 +188,7 @@ def test_recalibrate_with_labels(edgesolve, bundle_dir, files, frames, state, tm
         assert code == 0, err
         return json.loads(out)["target"]
 
-    y = frames.window_y
+    y = frames.window_y[:48]
     np.save(tmp_path / "y.npy", y)
     (tmp_path / "y.json").write_text(json.dumps(y.tolist()))
     (tmp_path / "some.json").write_text(json.dumps({"0": int(y[0]), "5": int(y[5])}))
@@ -603,9 +603,9 @@ def test_labels_that_do_not_fit(refused, bundle_dir, files, state, tmp_path):
     np.save(tmp_path / "pickled.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "torn.json").write_text("[1, 2")
     (tmp_path / "ragged.json").write_text("[[1], [2, 3]]")
-    (tmp_path / "high.json").write_text(json.dumps([9] * 128))
+    (tmp_path / "high.json").write_text(json.dumps([9] * 48))
     sentences = {
-        "short.npy": "expected 128 integers",
+        "short.npy": "expected 48 integers",
         "pickled.npy": "expected an .npy, a JSON list",
         "torn.json": "expected an .npy, a JSON list",
         "ragged.json": "expected an .npy, a JSON list",
@@ -646,16 +646,19 @@ def test_a_state_that_cannot_be_written(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    for where in (own, state.with_name("new")):
-        arguments = "recalibrate", bundle_dir, files["window.npz"], "--state", where
-        assert text in refused(8, *arguments)
-        assert text in refused(8, "factory-reset", bundle_dir, "--state", where)
-    code, _, err = edgesolve("rollback", bundle_dir, "--state", own)
-    assert code == 8 and text in err
+    new = state.with_name("new")
+    commands = [
+        ("recalibrate", own, files["window.npz"]),
+        ("recalibrate", new, files["window.npz"]),
+        ("factory-reset", new),
+        ("rollback", own),
+    ]
+    for name, where, *rest in commands:
+        code, out, err = edgesolve(name, bundle_dir, *rest, "--state", where)
+        assert (code, out) == (8, "") and text in err and str(where) in err
     left = answers(edgesolve, bundle_dir, files["one.npy"], own)
     assert left in (learnt, factory), "a rollback that was cut short may have gone back"
-    new = answers(edgesolve, bundle_dir, files["one.npy"], state.with_name("new"))
-    assert new == factory
+    assert answers(edgesolve, bundle_dir, files["one.npy"], new) == factory
 
 
 @pytest.mark.parametrize("place", ["a file", "/proc/edgesolve"])

@@ -14,10 +14,25 @@ for name in ("nms", "qnms"):
 import torchvision  # noqa: E402
 
 
+def settled(model):
+    """`model` with the statistics of its own activations: without them a random deep network dies out."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
 def resnet18():
-    return torchvision.models.resnet18(weights=None)
+    return settled(torchvision.models.resnet18(weights=None))
+
+
+def resnet50():
+    return settled(torchvision.models.resnet50(weights=None))
 
 
 def googlenet():
-    # Its own initialisation lets activations vanish: every answer would be the same.
-    return torchvision.models.googlenet(weights=None, init_weights=False)
+    return settled(torchvision.models.googlenet(weights=None, init_weights=False, aux_logits=False))
