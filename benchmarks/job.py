@@ -109,10 +109,11 @@ class Job:
         say(f"building {name}")
         shutil.rmtree(target, ignore_errors=True)
         record.unlink(missing_ok=True)
+        before = commit()
         done = edgesolve(*args, quiet=False)
         found = {
             "stamp": stamp,
-            "commit": commit(),
+            "commit": before,
             "command": done.command.removesuffix(" --json"),
             "seconds": done.wall_s,
             "report": done.report,
