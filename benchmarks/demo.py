@@ -94,7 +94,7 @@ class Story:
         shown = "edgesolve " + " ".join(args)
         print(f"\n$ {shown}", flush=True)
         began = time.perf_counter()
-        command = [sys.executable, "-P", "-m", "edgesolve.device.cli", *args, "--json"]
+        command = [sys.executable, "-m", "edgesolve.device.cli", *args, "--json"]
         done = subprocess.run(command, cwd=self.folder, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"demo: this step failed with exit code {done.returncode}: {done.stdout}")

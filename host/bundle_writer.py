@@ -161,8 +161,10 @@ def _manifest(built, name: str, options: dict, provenance: dict) -> dict:
 
 def _verify(folder: Path) -> dict:
     """`edgesolve verify` in a process of its own: what a device would say."""
-    command = [sys.executable, "-P", "-m", "edgesolve.device.cli", "verify", str(folder), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "edgesolve.device.cli", "verify", str(folder), "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"}
+    )
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line]
         raise ParityError(

@@ -200,8 +200,9 @@ def _search_drop(candidates, drop, network, preprocess, data, held_out, options,
     if best is None:
         nearest = min(measured, key=measured.get)
         raise ModelError(
-            f"--target drop={drop:g}: the closest reachable is {measured[nearest]:.2f} points of held-out "
-            f"agreement, at --split {candidates[nearest].name}. Give more calibration frames, or a larger drop."
+            f"--target drop={drop:g}: of the splits tried that save anything, the closest loses "
+            f"{measured[nearest]:.2f} points of held-out agreement, --split {candidates[nearest].name}. "
+            "Give more calibration frames, or a larger drop."
         )
     return candidates[best], table
 
