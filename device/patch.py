@@ -35,11 +35,13 @@ class Statistics:
         return self.beta + (self.shift - self.mean) * self.scale()
 
     def replaced(self, mean: np.ndarray, var: np.ndarray) -> Statistics:
-        """The same layers with other statistics; `mean`, `var` (S,)."""
+        """The same layers with other statistics; `mean`, `var` (S,). Raises BundleError if they can't be."""
         if mean.shape != self.mean.shape or var.shape != self.var.shape:
             raise BundleError(
                 f"statistics have {mean.shape[0]} channels, this bundle's network has {len(self.mean)}."
             )
+        if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
+            raise BundleError("statistics hold NaN, inf or a negative variance.")
         return Statistics(
             np.asarray(mean, np.float64),
             np.asarray(var, np.float64),

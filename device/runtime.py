@@ -131,19 +131,26 @@ def open_runtime(
     """Open a bundle with the generation in force under `state` (the factory head where there is none)."""
     bundle = path if isinstance(path, Bundle) else open_bundle(path)
     backend = choose_backend(bundle, backend)
-    if state is None or not Path(state).exists():
-        graph = _factory_graph(bundle, backend, threads)
-        return Runtime(bundle, backend, graph, factory_head(bundle), 0, [])
-    from edgesolve.device.store import Store
+    notes: list[str] = []
+    if state is not None and Path(state).exists():
+        from edgesolve.device.store import Store
 
-    store = Store(state)
-    found = store.current(bundle_sha256=bundle.sha256)
-    if found is None:
-        graph = _factory_graph(bundle, backend, threads)
-        return Runtime(bundle, backend, graph, factory_head(bundle), 0, store.notes)
-    graph = adapted_graph(bundle, backend, found.statistics, threads)
-    head = Head.from_arrays(found.arrays, f"generation {found.number}")
-    return Runtime(bundle, backend, graph, head, found.number, store.notes)
+        store = Store(state)
+        found = store.current(bundle_sha256=bundle.sha256)
+        notes = store.notes
+        if found is not None:
+            try:
+                name = f"generation {found.number}"
+                head = Head.from_arrays(found.arrays, name)
+                expected = (bundle.manifest["rows"]["length"], len(bundle.classes))
+                if head.weights.shape != expected:
+                    raise BundleError(f"{name}: weights are {head.weights.shape}, not {expected}.")
+                graph = adapted_graph(bundle, backend, found.statistics, threads)
+                return Runtime(bundle, backend, graph, head, found.number, notes)
+            except BundleError as error:  # whole, but wrong: the device must answer all the same
+                notes = [*notes, f"{error} In use instead: the factory head."]
+    graph = _factory_graph(bundle, backend, threads)
+    return Runtime(bundle, backend, graph, factory_head(bundle), 0, notes)
 
 
 def adapted_graph(

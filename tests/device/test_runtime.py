@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import numpy as np
@@ -139,25 +140,39 @@ def test_a_head_is_linear_and_survives_storage():
     assert again.weights.tobytes() == head.weights.tobytes()
 
 
-def test_a_generation_with_nan_is_refused_and_factory_reset_helps(bundle, frames, tmp_path):
-    store = Store(tmp_path / "state")
-    store.commit(
-        {**GOOD, "intercept": np.full(4, np.nan, np.float32)},
-        None,
-        {"bundle_sha256": bundle.sha256},
-    )
-    with pytest.raises(BundleError, match="generation 1: holds NaN or inf"):
-        open_runtime(bundle, state=store.path)
-    store.factory_reset()
-    assert open_runtime(bundle, state=store.path).generation == 0
+def whole(bundle, **changed):
+    """The factory head's arrays, some of them changed."""
+    return {**factory_head(bundle).to_arrays(), **changed}
 
 
-def test_statistics_of_another_network_are_refused(bundle, tmp_path):
+@pytest.mark.parametrize(
+    "changed, statistics, sentence",
+    [
+        ({"intercept": np.full(4, np.nan, np.float32)}, None, "generation 1: holds NaN or inf"),
+        (
+            {"weights": np.zeros((5, 4), np.float32)},
+            None,
+            r"generation 1: weights are \(5, 4\), not",
+        ),
+        ({}, (np.zeros(7), np.ones(7)), "statistics have 7 channels, this bundle's network has"),
+        ({}, (np.nan, 1.0), "statistics hold NaN, inf or a negative variance"),
+        ({}, (0.0, -1.0), "statistics hold NaN, inf or a negative variance"),
+    ],
+)
+def test_a_generation_that_cannot_be_is_noted_and_the_factory_head_answers(
+    bundle, frames, tmp_path, changed, statistics, sentence
+):
+    if statistics is not None:
+        size = len(bundle.arrays("statistics.safetensors")["mean"])
+        mean, var = (np.full(size, v, np.float32) if np.isscalar(v) else v for v in statistics)
+        statistics = {"mean": mean.astype(np.float32), "var": var.astype(np.float32)}
     store = Store(tmp_path / "state")
-    statistics = {"mean": np.zeros(7, np.float32), "var": np.ones(7, np.float32)}
-    store.commit(factory_head(bundle).to_arrays(), statistics, {"bundle_sha256": bundle.sha256})
-    with pytest.raises(BundleError, match="statistics have 7 channels, this bundle's network has"):
-        open_runtime(bundle, state=store.path)
+    store.commit(whole(bundle, **changed), statistics, {"bundle_sha256": bundle.sha256})
+    found = open_runtime(bundle, state=store.path)
+    assert found.generation == 0
+    assert re.search(sentence, found.notes[-1]) and "the factory head" in found.notes[-1]
+    expected = open_runtime(bundle).logits(frames.x[:8])
+    assert found.logits(frames.x[:8]).tobytes() == expected.tobytes()
 
 
 def test_another_bundles_generation_is_ignored_with_a_note(bundle_dir, frames, own_state, tmp_path):
