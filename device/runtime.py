@@ -61,14 +61,9 @@ class Runtime:
     def rows(self, frames: np.ndarray) -> np.ndarray:
         """Rows (n, D) float32 for frames (n, h, w, c) in the bundle's contract (not checked here)."""
         size = self.bundle.backends[self.backend]["batch"] or _CHUNK
-        if len(frames) <= size and (
-            self.bundle.backends[self.backend]["batch"] in (None, len(frames))
-        ):
-            return self.graph(np.ascontiguousarray(frames))[0]
-        parts = []
-        for start in range(0, len(frames), size):
-            parts.append(self.graph(np.ascontiguousarray(frames[start : start + size]))[0].copy())
-        return np.concatenate(parts)
+        starts = range(0, len(frames), size)
+        parts = [self.graph(np.ascontiguousarray(frames[i : i + size]))[0] for i in starts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def logits(self, frames: np.ndarray) -> np.ndarray:
         """Logits (n, c) float32."""
