@@ -228,17 +228,17 @@ def _solve(bundle, current, reference, rows, targets, weights, mode, options):
         from edgesolve.kernels.ridge import ridge
 
         return ridge(together, spec["ridge"]), np.flatnonzero(judged)
-    from edgesolve.kernels.fista import fista
     from edgesolve.kernels.losses import SquaredMoments
+    from edgesolve.kernels.newton import newton
     from edgesolve.kernels.penalties import GroupL2, lam_max
     from edgesolve.kernels.ridge import ridge_absolute
 
     loss = SquaredMoments.of(together, ridge_absolute(together, spec["ridge"]))
     starts = bundle.arrays("head.safetensors")["starts"]
-    penalty = GroupL2(spec["lam"] * lam_max(loss, starts), starts)
+    penalty = GroupL2(spec["lam"] * lam_max(loss, GroupL2(1.0, starts)), starts)
     seconds = np.inf if options.seconds is None else 0.5 * options.seconds
     start = current.head.weights.astype(np.float64)
-    return fista(loss, penalty, start, tol=1e-7, seconds=seconds), np.flatnonzero(judged)
+    return newton(loss, penalty, start, tol=1e-7, seconds=seconds), np.flatnonzero(judged)
 
 
 def _evidence(bundle, current, head, old, rows, targets, reference, solved) -> gate.Evidence:

@@ -11,9 +11,9 @@ from edgesolve.host.capture import Capture, Progress, activations, capture
 from edgesolve.host.gates import LADDER, affordable, design_rows
 from edgesolve.host.network import Cut, Network
 from edgesolve.host.rows import Rows
-from edgesolve.kernels.fista import fista
 from edgesolve.kernels.losses import SquaredMoments
 from edgesolve.kernels.moments import Moments
+from edgesolve.kernels.newton import newton
 from edgesolve.kernels.penalties import GroupL2, lam_max
 from edgesolve.kernels.ridge import ridge, ridge_absolute, ridge_path
 from edgesolve.kernels.solution import Solution
@@ -112,10 +112,10 @@ def distill(
 
 
 def solve(moments: Moments, starts: list[int], relative: float, options: HeadOptions) -> Solution:
-    """The head's program: ridge in closed form, or the group penalty on top of it by FISTA."""
+    """The head's program: ridge in closed form, or the group penalty on top of it by Newton's method."""
     if options.penalty == "ridge":
         return ridge(moments, relative)
     loss = SquaredMoments.of(moments, ridge_absolute(moments, relative))
     groups = np.asarray(starts, np.int64)
-    penalty = GroupL2(options.lam * lam_max(loss, groups), groups)
-    return fista(loss, penalty, tol=1e-7)
+    penalty = GroupL2(options.lam * lam_max(loss, GroupL2(1.0, groups)), groups)
+    return newton(loss, penalty, tol=1e-7)

@@ -7,11 +7,11 @@ A loss holds the rows or their moments, and the ridge: `value` and `grad` INCLUD
 `residual` excludes it; `gap.py` builds its certificate on that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgesolve.kernels.gated import gated_adjoint, gated_forward
+from edgesolve.kernels.designs import Design, columns_of, kronecker_of
 from edgesolve.kernels.moments import Moments
 
 
@@ -32,9 +32,9 @@ class SquaredMoments:
 
     @classmethod
     def of(cls, moments: Moments, ridge: float) -> "SquaredMoments":
-        """The loss of these moments with an absolute `ridge` >= 0."""
+        """The loss of these moments with an absolute `ridge` >= 0; an intercept is projected out."""
         S, C, v = moments.centred()
-        return cls(S, np.ascontiguousarray(C.T), v, _checked_ridge(ridge), *moments.means())
+        return cls(S, np.ascontiguousarray(C.T), v, checked_ridge(ridge), *moments.means())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,6 +57,23 @@ class SquaredMoments:
         rr = self.y2 - explained - float(np.vdot(V, U))
         return V, max(rr, 0.0), self.y2 - explained
 
+    def product(self, U: np.ndarray) -> np.ndarray:
+        """Q U (D, c), in U's dtype. No ridge."""
+        return self.Q @ U
+
+    def restrict(self, starts: np.ndarray, gates: np.ndarray) -> "SquaredMoments":
+        """The loss in the weights of some gates, the others held at zero."""
+        keep, _ = columns_of(starts, gates)
+        return replace(self, Q=self.Q[np.ix_(keep, keep)], q=self.q[keep], mean_x=self.mean_x[keep])
+
+    def astype(self, dtype) -> "SquaredMoments":
+        """A copy that computes `product` and `residual` in `dtype`."""
+        return replace(self, Q=self.Q.astype(dtype), q=self.q.astype(dtype))
+
+    def kronecker(self, starts: np.ndarray):
+        """[(gates, Gamma, S)]: the surrogate of Q that `designs.py` describes."""
+        return kronecker_of(self.Q, starts)
+
     def lipschitz(self) -> float:
         """An upper bound on the largest eigenvalue of Q + ridge, never below it.
 
@@ -74,75 +91,94 @@ class SquaredMoments:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SquaredGated:
-    """The same loss from the rows of a gated design, for when n is small or D = m r is large.
+class SquaredRows:
+    """The same loss from the rows of a design: for when n is small or D = m r is large.
 
-    z (n, p, r) and D (n, p, m) as in `gated.py`; Y (n, c) float64, centred; mean_t (c,) its mean.
-    Weights are (m r, c) as for `SquaredMoments`. Memory: one tile beside the rows.
+    design : `Masked`, `Pooled` or `Explicit` of `designs.py`. Y (n, c) float64, centred if there is
+    an intercept; mean_t (c,) what centring took away, None without an intercept.
+    Weights are (D, c) as for `SquaredMoments`. Memory: one tile beside the rows.
     """
 
-    z: np.ndarray
-    D: np.ndarray
+    design: Design
     Y: np.ndarray
     mean_t: np.ndarray
     ridge: float
+    centre: bool = True
 
     @classmethod
-    def of(cls, z: np.ndarray, D: np.ndarray, t: np.ndarray, ridge: float) -> "SquaredGated":
-        """The loss of rows z, D with targets t (n, c) and an absolute `ridge` >= 0."""
+    def of(
+        cls, design: Design, t: np.ndarray, ridge: float, *, intercept: bool = True
+    ) -> "SquaredRows":
+        """The loss of a design's rows with targets t (n, c) and an absolute `ridge` >= 0."""
         t = np.asarray(t, np.float64)
-        if t.ndim != 2 or len(t) != len(z) or len(t) == 0:
-            raise ValueError(f"t must be ({len(z)}, c) with at least one row, got {t.shape}.")
-        mean_t = t.mean(axis=0)
-        return cls(z, D, t - mean_t, mean_t, _checked_ridge(ridge))
+        if t.ndim != 2 or len(t) != design.n or t.size == 0:
+            raise ValueError(f"t must be ({design.n}, c) with at least one row, got {t.shape}.")
+        if not np.isfinite(t).all():
+            raise ValueError("t holds NaN or inf: look at the targets first.")
+        mean_t = t.mean(axis=0) if intercept else np.zeros(t.shape[1])
+        return cls(design, t - mean_t, mean_t, checked_ridge(ridge), intercept)
+
+    @property
+    def n(self) -> int:
+        return self.design.n
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (D, c) of the weights."""
-        return self.D.shape[2] * self.z.shape[2], self.Y.shape[1]
+        return int(self.design.starts[-1]), self.Y.shape[1]
 
     def value(self, U: np.ndarray) -> float:
-        """f(U) + (ridge/2)||U||^2, U (m r, c)."""
+        """f(U) + (ridge/2)||U||^2, U (D, c)."""
         R = self._rest(U)
         return float(0.5 * np.vdot(R, R) / len(R) + 0.5 * self.ridge * np.vdot(U, U))
 
     def grad(self, U: np.ndarray) -> np.ndarray:
-        """Gradient (m r, c) of `value`."""
+        """Gradient (D, c) of `value`."""
         return self.ridge * U - self._adjoint(self._rest(U))
 
     def residual(self, U: np.ndarray) -> tuple[np.ndarray, float, float]:
-        """A'R/n (m r, c), ||R||^2/n and <R, Y>/n for the residual R = Y - A U. No ridge."""
+        """A'R/n (D, c), ||R||^2/n and <R, Y>/n for the residual R = Y - A U. No ridge."""
         R = self._rest(U)
-        return (
-            self._adjoint(R),
-            float(np.vdot(R, R)) / len(R),
-            float(np.vdot(R, self.Y)) / len(R),
-        )
+        rr, ry = float(np.vdot(R, R)) / len(R), float(np.vdot(R, self.Y)) / len(R)
+        return self._adjoint(R), rr, ry
+
+    def product(self, U: np.ndarray) -> np.ndarray:
+        """A'A U / n (D, c), centred, in U's dtype. No ridge."""
+        return self._adjoint(self._centred(self.design.forward(U)))
 
     def lipschitz(self) -> float:
         """2% above the power iteration's estimate, which can only be proved with a Gram at hand."""
-
-        def product(V):
-            AV = self._forward(V)
-            return self._adjoint(AV - AV.mean(axis=0))
-
-        return 1.02 * top_eigenvalue(product, self.shape[0]) + self.ridge
+        return 1.02 * top_eigenvalue(self.product, self.shape[0]) + self.ridge
 
     def intercept(self, U: np.ndarray) -> np.ndarray:
         """The optimal intercept (c,) for weights U."""
-        return self.mean_t - self._forward(U).mean(axis=0)
+        if not self.centre:
+            return np.zeros(self.shape[1])
+        return self.mean_t - self.design.forward(np.asarray(U, np.float64)).mean(axis=0)
 
-    def _forward(self, U):
-        shaped = np.asarray(U, np.float64).reshape(self.D.shape[2], self.z.shape[2], -1)
-        return gated_forward(self.z, self.D, shaped)
+    def restrict(self, starts: np.ndarray, gates: np.ndarray) -> "SquaredRows":
+        """The loss in the weights of some gates, the others held at zero."""
+        return replace(self, design=self.design.restrict(gates))
+
+    def astype(self, dtype) -> "SquaredRows":
+        """A copy that computes `product` and `residual` in `dtype`."""
+        return replace(self, design=self.design.astype(dtype), Y=self.Y.astype(dtype))
+
+    def kronecker(self, starts: np.ndarray):
+        """[(gates, Gamma, S)]: the surrogate of A'A/n that `designs.py` describes."""
+        return self.design.kronecker()
 
     def _adjoint(self, R):
-        return gated_adjoint(self.z, self.D, R).reshape(-1, R.shape[1]) / len(R)
+        return self.design.adjoint(R) / R.dtype.type(len(R))
+
+    def _centred(self, AU):
+        return AU - AU.mean(axis=0) if self.centre else AU
 
     def _rest(self, U):
         """Y - A U, centred: that projects the intercept out, so A itself need not be centred."""
-        AU = self._forward(U)
-        return self.Y - (AU - AU.mean(axis=0))
+        if not np.any(U):
+            return self.Y.copy()
+        return self.Y - self._centred(self.design.forward(np.asarray(U, self.Y.dtype)))
 
 
 def top_eigenvalue(product, size: int, *, max_iter: int = 100, tol: float = 1e-4) -> float:
@@ -174,7 +210,8 @@ def _is_positive_definite(L, Q):
     return True
 
 
-def _checked_ridge(ridge):
+def checked_ridge(ridge) -> float:
+    """`ridge` as a float; ValueError unless it is finite and >= 0."""
     if not (np.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge must be finite and not negative, got {ridge}.")
     return float(ridge)

@@ -34,7 +34,12 @@ def ridge(moments: Moments, ridge_relative: float) -> Solution:
     absolute = ridge_absolute(moments, ridge_relative)
     if not np.isfinite([absolute, moments.sxx.sum(), moments.stx.sum(), moments.stt]).all():
         return _not_finite(moments, began)
-    loss = SquaredMoments.of(moments, absolute)
+    return ridge_of_loss(SquaredMoments.of(moments, absolute), began)
+
+
+def ridge_of_loss(loss: SquaredMoments, began: float | None = None) -> Solution:
+    """The same for a loss whose ridge is absolute; began : `time.perf_counter()` at the start."""
+    began = time.perf_counter() if began is None else began
     solve = _cholesky_solver(loss) or _eigen_solver(loss)
     U = solve(loss.q)
     U += solve(-loss.grad(U))

@@ -740,7 +740,7 @@ def test_predict_of_one_image_imports_no_solver(bundle_dir, files, state, python
     assert "edgesolve.device.runtime" in modules
     forbidden = {"numba", "torch", "onnx", "scipy"}
     assert not forbidden & modules
-    solvers = {"ridge", "fista", "compiled", "losses", "moments"}
+    solvers = {"ridge", "newton", "fista", "compiled", "losses", "moments"}
     assert not {f"edgesolve.kernels.{name}" for name in solvers} & modules
 
 

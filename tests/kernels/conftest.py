@@ -6,6 +6,44 @@ import numpy as np
 import pytest
 
 from edgesolve.kernels import accel
+from edgesolve.kernels.penalties import GroupL2, GroupL2Feature, GroupL2Output, Nuclear
+
+
+def _even(m, r):
+    return np.arange(m + 1) * r
+
+
+def _ragged(m, r):
+    return np.r_[0, 1, np.arange(2, m + 1) * r]
+
+
+def _weights(size):
+    return np.linspace(0.5, 2.0, size)
+
+
+# name: penalty of weights (m r, c) at a lam. Every law of a penalty and of its gap runs over them.
+PENALTIES = {
+    "gates": lambda lam, m, r: GroupL2(lam, _even(m, r)),
+    "ragged gates": lambda lam, m, r: GroupL2(lam, _ragged(m, r), _weights(m)),
+    "outputs": lambda lam, m, r: GroupL2Output(lam, _even(m, r)),
+    "ragged outputs": lambda lam, m, r: GroupL2Output(lam, _ragged(m, r), _weights(m)),
+    "inputs": lambda lam, m, r: GroupL2Feature(lam, m),
+    "weighted inputs": lambda lam, m, r: GroupL2Feature(lam, m, _weights(r)),
+    "ranks": lambda lam, m, r: Nuclear(lam, _even(m, r)),
+    "ragged ranks": lambda lam, m, r: Nuclear(lam, _ragged(m, r), _weights(m)),
+}
+
+
+@pytest.fixture(params=PENALTIES)
+def make_penalty(request):
+    """make_penalty(lam, m, r): one of PENALTIES, for weights (m r, c)."""
+    return PENALTIES[request.param]
+
+
+@pytest.fixture
+def penalties():
+    """All of PENALTIES, by name."""
+    return PENALTIES
 
 
 @pytest.fixture(params=["numba", "numpy"])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from edgesolve.kernels.designs import Pooled
 from edgesolve.kernels.fista import fista, next_momentum
 from edgesolve.kernels.gated import gated_pool
-from edgesolve.kernels.losses import SquaredGated, SquaredMoments
+from edgesolve.kernels.losses import SquaredMoments, SquaredRows
 from edgesolve.kernels.moments import Moments
 from edgesolve.kernels.penalties import GroupL2, lam_max
 from edgesolve.kernels.solution import Status
@@ -28,7 +29,7 @@ def variational(x, y, penalty, ridge):
     momentum, no code of ours (convex.md, section 2).
     """
     n, xc, yc = len(x), x - x.mean(0), y - y.mean(0)
-    lam, sizes = penalty.lam * penalty.group_weights, np.diff(penalty.starts)
+    lam, sizes = penalty.lam * penalty.weights, np.diff(penalty.starts)
     starts = penalty.starts
 
     def solve(t):
@@ -69,7 +70,8 @@ def test_group_lasso_is_that_of_the_variational_form(
 ):
     x, t = rows(rng)
     loss = SquaredMoments.of(Moments.of(x, t), ridge)
-    penalty = GroupL2(share * lam_max(loss, RAGGED, weights), RAGGED, weights)
+    top = lam_max(loss, GroupL2(1.0, RAGGED, weights))
+    penalty = GroupL2(share * top, RAGGED, weights)
     s = fista(loss, penalty, tol=1e-10)
     slow = variational(x, t, penalty, ridge)
     assert s.status is Status.CONVERGED and s.kkt <= 1e-10 and s.relative_gap < 1e-6
@@ -83,7 +85,7 @@ def test_group_lasso_is_celers(rng, accepts_only):
     x, t = rows(rng, c=1)
     loss = SquaredMoments.of(Moments.of(x, t), 0.0)
     starts = np.arange(0, 21, 5)
-    penalty = GroupL2(0.1 * lam_max(loss, starts), starts)
+    penalty = GroupL2(0.1 * lam_max(loss, GroupL2(1.0, starts)), starts)
     peer = celer.GroupLasso(groups=5, alpha=penalty.lam, fit_intercept=False, tol=1e-12)
     peer.fit(x - x.mean(0), (t - t.mean(0)).ravel())
     s = fista(loss, penalty, tol=1e-10)
@@ -93,7 +95,7 @@ def test_group_lasso_is_celers(rng, accepts_only):
 
 def test_zero_from_lam_max_on_and_some_groups_below(rng, twin):
     loss = SquaredMoments.of(Moments.of(*rows(rng)), 0.0)
-    top = lam_max(loss, RAGGED)
+    top = lam_max(loss, GroupL2(1.0, RAGGED))
     above = fista(loss, GroupL2(1.0001 * top, RAGGED))
     assert above.status is Status.CONVERGED and not above.weights.any()
     assert above.relative_gap <= 1e-15
@@ -108,10 +110,10 @@ def test_rows_and_moments_lead_to_the_same_point(rng, twin):
     D = rng.random((n, p, m)) < 0.5
     A = gated_pool(z.astype(np.float64), D)
     t = A @ rng.standard_normal((m * r, c)) + rng.standard_normal((n, c))
-    from_rows = SquaredGated.of(z, D, t, 0.01)
+    from_rows = SquaredRows.of(Pooled(z, D), t, 0.01)
     from_moments = SquaredMoments.of(Moments.of(A, t), 0.01)
     starts = np.arange(m + 1) * r
-    penalty = GroupL2(0.1 * lam_max(from_moments, starts), starts)
+    penalty = GroupL2(0.1 * lam_max(from_moments, GroupL2(1.0, starts)), starts)
     a, b = (fista(loss, penalty, tol=1e-10) for loss in (from_rows, from_moments))
     assert a.status is b.status is Status.CONVERGED
     assert_allclose(a.weights, b.weights, rtol=1e-6, atol=1e-8)
@@ -168,7 +170,7 @@ def test_the_best_point_is_returned_even_if_the_steps_diverge(rng):
 
 def test_a_warm_start_never_ends_higher(rng, twin):
     loss = SquaredMoments.of(Moments.of(*rows(rng)), 0.0)
-    penalty = GroupL2(0.05 * lam_max(loss, RAGGED), RAGGED)
+    penalty = GroupL2(0.05 * lam_max(loss, GroupL2(1.0, RAGGED)), RAGGED)
     best = fista(loss, penalty, tol=1e-12)
     for noise in (0.0, 1e-9, 1e-3, 1.0):
         U0 = best.weights + noise * rng.standard_normal(loss.shape)
@@ -182,7 +184,7 @@ def test_a_warm_start_never_ends_higher(rng, twin):
 
 def test_every_figure_is_that_of_the_point_returned(rng):
     loss = SquaredMoments.of(Moments.of(*rows(rng)), 0.0)
-    penalty = GroupL2(0.05 * lam_max(loss, RAGGED), RAGGED)
+    penalty = GroupL2(0.05 * lam_max(loss, GroupL2(1.0, RAGGED)), RAGGED)
     for max_iter in (1, 13, 2000):
         s = fista(loss, penalty, max_iter=max_iter)
         grad0 = np.linalg.norm(loss.grad(np.zeros(loss.shape)))
@@ -198,7 +200,7 @@ def test_tolerance_is_free_of_units(rng):
     counts = []
     for scale in (1.0, 1024.0):
         loss = SquaredMoments.of(Moments.of(x, scale * t), 0.0)
-        s = fista(loss, GroupL2(0.1 * lam_max(loss, RAGGED), RAGGED))
+        s = fista(loss, GroupL2(0.1 * lam_max(loss, GroupL2(1.0, RAGGED)), RAGGED))
         counts.append((s.n_iter, s.status))
     assert counts[0] == counts[1]
 

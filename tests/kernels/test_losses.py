@@ -3,8 +3,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 from edgesolve.kernels import losses
+from edgesolve.kernels.designs import Pooled
 from edgesolve.kernels.gated import gated_pool
-from edgesolve.kernels.losses import SquaredGated, SquaredMoments, top_eigenvalue
+from edgesolve.kernels.losses import SquaredMoments, SquaredRows, top_eigenvalue
 from edgesolve.kernels.moments import Moments
 
 N, P, R_, M, C = 40, 3, 4, 5, 2
@@ -24,7 +25,7 @@ def loss_and_rows(request, rng, twin):
     z, D, A, Y = problem(rng)
     if request.param == "moments":
         return SquaredMoments.of(Moments.of(A, Y), RIDGE), A, Y
-    return SquaredGated.of(z, D, Y, RIDGE), A, Y
+    return SquaredRows.of(Pooled(z, D), Y, RIDGE), A, Y
 
 
 def test_value_is_the_stated_scaling(rng, loss_and_rows):
@@ -92,7 +93,7 @@ def test_lipschitz_is_never_below_for_hard_spectra(rng):
 def test_both_losses_agree(rng, twin):
     z, D, A, Y = problem(rng)
     a = SquaredMoments.of(Moments.of(A, Y), RIDGE)
-    b = SquaredGated.of(z.astype(np.float64), D, Y, RIDGE)
+    b = SquaredRows.of(Pooled(z.astype(np.float64), D), Y, RIDGE)
     U = rng.standard_normal(a.shape)
     assert a.shape == b.shape
     assert_allclose(a.value(U), b.value(U), rtol=1e-11)
@@ -105,6 +106,6 @@ def test_errors(rng):
     with pytest.raises(ValueError, match="ridge"):
         SquaredMoments.of(Moments.of(A, Y), -0.1)
     with pytest.raises(ValueError, match="ridge"):
-        SquaredGated.of(z, D, Y, np.nan)
+        SquaredRows.of(Pooled(z, D), Y, np.nan)
     with pytest.raises(ValueError, match=r"t must be \(40, c\)"):
-        SquaredGated.of(z, D, Y[:3], 0.1)
+        SquaredRows.of(Pooled(z, D), Y[:3], 0.1)

@@ -1,0 +1,259 @@
+"""Cross-entropy for labels or a teacher's probabilities: softmax, and logistic with one logit.
+
+f(U) = min_b sum_r omega_r [lse(z_r) - <t_r, z_r>] + (MU_B/2) ||b||^2,   z = A(U) + 1b'
+P(U) = f(U) + lam sum_g w_g N(U_g) + (ridge/2) ||U||_F^2,   omega_r = 1/n unless rows have weights
+
+The intercept has no closed form: Newton's method finds it at every U, c x c. Its token ridge makes
+any error of that harmless to the certificate, which stays a bound (docs: convex.md, section 4).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from edgesolve.kernels.designs import Design
+from edgesolve.kernels.gap import group_gap, largest_scale
+from edgesolve.kernels.losses import checked_ridge, top_eigenvalue
+from edgesolve.kernels.penalties import GroupL2
+
+MU_B = 1e-6
+"""Ridge of the intercept, a part of the problem: it keeps classes without a row from -infinity."""
+
+INTERCEPT_TOL = 1e-13
+"""Newton's method for the intercept ends at this gradient: a few roundings of a mean over rows."""
+
+MAX_NEWTON = 50
+
+SUM_SLACK = 1e-3
+"""Rows of targets may miss the sum of one by this much, as float16 does; they are then scaled."""
+
+
+def one_hot(labels, n_classes: int) -> np.ndarray:
+    """Targets (n, n_classes) float64 of labels (n,) int in 0..n_classes - 1; two classes at least.
+
+    Column 1 of two, as (n, 1), gives the logistic loss with one logit. Classes may lack rows.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+        raise ValueError(f"labels must be (n,) integers, got {labels.shape} {labels.dtype}.")
+    if n_classes < 2 or labels.min() < 0 or labels.max() >= n_classes:
+        raise ValueError(
+            f"labels must lie in 0..{n_classes - 1} of at least two classes, "
+            f"got {labels.min()}..{labels.max()}."
+        )
+    return np.eye(n_classes)[labels]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Softmax:
+    """The loss of a design's rows. Like `SquaredRows`: `value` and `grad` include the ridge.
+
+    design : `Masked`, `Pooled` or `Explicit` of `designs.py`. T (n, c) float64, rows in the simplex;
+    with c = 1 in [0, 1], the probability of "yes" under one logit. omega (n,) float64, sum one.
+    Weights are (D, c). Memory: about eight arrays (n, c) beside the rows.
+
+    One class only is fine: weights zero out and the intercept settles near log(MU_B).
+    """
+
+    design: Design
+    T: np.ndarray
+    omega: np.ndarray
+    ridge: float
+    centre: bool = True
+
+    @classmethod
+    def of(
+        cls, design: Design, t: np.ndarray, ridge: float, *, intercept: bool = True, weights=None
+    ) -> "Softmax":
+        """The loss with targets t (n, c) and an absolute `ridge` >= 0.
+
+        t : labels as `one_hot` makes them, a teacher's or smoothed probabilities. weights (n,) : of
+        the rows, >= 0, on any scale.
+        """
+        T = _checked_targets(t, design.n)
+        omega = _checked_weights(weights, design.n)
+        return cls(design, T, omega, checked_ridge(ridge), intercept)
+
+    @property
+    def n(self) -> int:
+        return self.design.n
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (D, c) of the weights."""
+        return int(self.design.starts[-1]), self.T.shape[1]
+
+    @property
+    def mean_t(self) -> np.ndarray:
+        """The mean target (c,)."""
+        return self.omega @ self.T
+
+    def value(self, U: np.ndarray) -> float:
+        """f(U) + (ridge/2)||U||^2, U (D, c)."""
+        return self._objective(self._fit(U))
+
+    def grad(self, U: np.ndarray) -> np.ndarray:
+        """Gradient (D, c) of `value`: that of the intercept is zero at its optimum."""
+        return self.ridge * U - self._adjoint(self._fit(U).R)
+
+    def intercept(self, U: np.ndarray) -> np.ndarray:
+        """The optimal intercept (c,) for weights U."""
+        return self._fit(U).b
+
+    def lipschitz(self) -> float:
+        """2% above the power iteration's estimate of a bound on the Hessian.
+
+        diag(p) - pp' <= 1/2, or p(1 - p) <= 1/4 with one logit; the intercept takes the mean away.
+        """
+        bound = 0.25 if self.shape[1] == 1 else 0.5
+
+        def product(U):
+            Z = self.design.forward(U)
+            mean = self.omega @ Z if self.centre else 0.0
+            return self._adjoint(bound * (Z - mean) + MU_B * mean)
+
+        return 1.02 * top_eigenvalue(product, self.shape[0]) + self.ridge
+
+    def duality_gap(self, penalty, U: np.ndarray, dual: np.ndarray | None = None):
+        """(gap, P(U)) as `gap.duality_gap` promises, which asks here; all in one product with A.
+
+        The dual point is Theta = s omega (T - Pi_W), W = U or `dual`, Pi the probabilities. With
+        q_s = (1 - s) t + s p_W, in the simplex for s in [0, 1], P(U) less the dual value is
+
+            sum_r omega_r KL(q_s || p_U) + ||MU_B b_U - s v_W||^2/(2 MU_B) + the groups' brackets,
+
+        v_W = 1'(T - Pi_W): every term is >= 0. The first two vanish at W = U and s = 1.
+        """
+        penalty = GroupL2(0.0, [0, self.shape[0]]) if penalty is None else penalty
+        here = self._fit(np.asarray(U, np.float64))
+        gap = self._ray_gap(penalty, here, here)
+        if dual is not None:
+            other = self._ray_gap(penalty, here, self._fit(np.asarray(dual, np.float64)))
+            gap = other if other < gap else gap
+        return gap, self._objective(here) + penalty.value(here.U)
+
+    def _ray_gap(self, penalty, here, ray):
+        V = self._adjoint(ray.R)
+        drift = self.omega @ ray.R if self.centre else 0.0 * ray.b
+
+        def at(s):
+            q = (1.0 - s) * _complete(self.T) + s * ray.p
+            left = MU_B * here.b - s * drift
+            fit = self.omega @ _divergence(q, here.logp) + np.vdot(left, left) / (2.0 * MU_B)
+            return float(fit) + group_gap(penalty, self.ridge, here.U, s * V)
+
+        s = min(1.0, largest_scale(penalty, V - self.ridge * ray.U))
+        return min(at(s), at(1.0)) if self.ridge > 0 else at(s)
+
+    def _objective(self, fit):
+        cross = -self.omega @ np.sum(_complete(self.T) * fit.logp, axis=1)
+        squares = MU_B * np.vdot(fit.b, fit.b) + self.ridge * np.vdot(fit.U, fit.U)
+        return float(cross + 0.5 * squares)
+
+    def _adjoint(self, R):
+        return self.design.adjoint(self.omega[:, None] * R)
+
+    def _fit(self, U):
+        """Everything at the weights U, by one product with A and Newton's method for b."""
+        U = np.asarray(U, np.float64)
+        Z = self.design.forward(U)
+        c = Z.shape[1]
+        b = self._first_intercept(Z) if self.centre else np.zeros(c)
+        for left in reversed(range(MAX_NEWTON)):
+            logp = _log_softmax(_logits(Z + b))
+            p = np.exp(logp)
+            R = self.T - p[:, -c:]
+            grad = MU_B * b - self.omega @ R
+            if left == 0 or not (self.centre and np.linalg.norm(grad) > INTERCEPT_TOL):
+                break
+            b = b - _damped(np.linalg.solve(self._curvature(p), grad))
+        return _Fit(U, b, logp, p, R)
+
+    def _first_intercept(self, Z):
+        """Right but for the token ridge where rows of Z are equal, so at U = 0."""
+        mean_t = np.log(np.maximum(self.omega @ _complete(self.T), MU_B))
+        origin = mean_t[0] if Z.shape[1] == 1 else mean_t.mean()
+        return mean_t[-Z.shape[1] :] - origin - self.omega @ Z
+
+    def _curvature(self, p):
+        """Hessian (c, c) in the intercept."""
+        weighted = self.omega[:, None] * p
+        H = np.diag(weighted.sum(axis=0) + MU_B) - p.T @ weighted
+        c = self.shape[1]
+        return H[-c:, -c:]
+
+
+class _Fit(NamedTuple):
+    """What is known at weights U; k = max(c, 2) classes."""
+
+    U: np.ndarray
+    b: np.ndarray  # (c,) the intercept
+    logp: np.ndarray  # (n, k) log probabilities
+    p: np.ndarray  # (n, k)
+    R: np.ndarray  # (n, c) T - p
+
+
+def _damped(step):
+    """The part of a Newton step that surely descends, all of it in the limit.
+
+    The third derivative along `step` is at most its spread times the second (the third and second
+    moments of `step` under p): minimise the bound that follows. Bach 2010, self-concordance.
+    """
+    spread = float(np.ptp(_logits(step[None])))
+    return step * (np.log1p(spread) / spread if spread > 0 else 1.0)
+
+
+def _logits(Z):
+    """(n, c) -> (n, k): "no" has the logit 0."""
+    return Z if Z.shape[1] > 1 else np.hstack([np.zeros_like(Z), Z])
+
+
+def _complete(T):
+    """(n, c) -> (n, k): the probability of "no" is what is left."""
+    return T if T.shape[1] > 1 else np.hstack([1.0 - T, T])
+
+
+def _log_softmax(Z):
+    Z = Z - Z.max(axis=1, keepdims=True)
+    return Z - np.log(np.exp(Z).sum(axis=1, keepdims=True))
+
+
+def _divergence(q, logp):
+    """KL(q || p) (n,) of rows in the simplex, as terms q log(q/p) - q + p, each >= 0.
+
+    By log1p, so that the square of a small q - p is not lost; by log p, where p underflows.
+    """
+    p = np.exp(logp)
+    seen = logp > -600.0
+    more = q - p
+    part = np.maximum(more / np.where(seen, p, 1.0), np.finfo(np.float64).eps - 1.0)
+    far = np.log(np.maximum(q, np.finfo(np.float64).tiny)) - logp
+    return np.sum(q * np.where(seen, np.log1p(part), far) - more, axis=1)
+
+
+def _checked_targets(t, n):
+    t = np.asarray(t, np.float64)
+    if t.ndim != 2 or len(t) != n or t.size == 0:
+        raise ValueError(f"t must be ({n}, c) probabilities, got {t.shape}; labels: `one_hot`.")
+    if not ((t >= 0) & (t <= 1 + SUM_SLACK)).all():  # NaN too
+        raise ValueError(
+            f"t must hold probabilities, got {t.min()}..{t.max()}: apply softmax to logits first."
+        )
+    if t.shape[1] == 1:
+        return np.minimum(t, 1.0)
+    total = t.sum(axis=1, keepdims=True)
+    worst = int(np.argmax(np.abs(total - 1.0)))
+    if abs(total[worst, 0] - 1.0) > SUM_SLACK:
+        raise ValueError(f"Every row of t must sum to one, row {worst} has {total[worst, 0]:.6g}.")
+    return t / total
+
+
+def _checked_weights(weights, n):
+    if weights is None:
+        return np.full(n, 1.0 / n)
+    weights = np.asarray(weights, np.float64)
+    total = weights.sum()
+    if weights.shape != (n,) or not (np.isfinite(total) and total > 0 and (weights >= 0).all()):
+        raise ValueError(f"weights must be ({n},), finite, >= 0 and not all zero.")
+    return weights / total
