@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgesolve.kernels.designs import Design, columns_of, kronecker_of
+from edgesolve.kernels.designs import Design, columns_of, kronecker_of, principal
 from edgesolve.kernels.moments import Moments
 
 
@@ -41,18 +41,25 @@ class SquaredMoments:
         """Shape (D, c) of the weights."""
         return self.q.shape
 
+    @property
+    def dtype(self) -> np.dtype:
+        """What `product` and `residual` compute in."""
+        return self.q.dtype
+
     def value(self, U: np.ndarray) -> float:
         """f(U) + (ridge/2)||U||^2, U (D, c)."""
+        if not np.any(U):
+            return 0.5 * self.y2
         fit = 0.5 * self.y2 - np.vdot(self.q, U) + 0.5 * np.vdot(U, self.Q @ U)
         return float(fit + 0.5 * self.ridge * np.vdot(U, U))
 
     def grad(self, U: np.ndarray) -> np.ndarray:
         """Gradient (D, c) of `value`."""
-        return self.Q @ U - self.q + self.ridge * U
+        return (self.Q @ U - self.q if np.any(U) else -self.q) + self.ridge * U
 
     def residual(self, U: np.ndarray) -> tuple[np.ndarray, float, float]:
         """A'R/n (D, c), ||R||^2/n and <R, Y>/n for the residual R = Y - A U. No ridge."""
-        V = self.q - self.Q @ U
+        V = self.q - self.Q @ U if np.any(U) else self.q.copy()
         explained = float(np.vdot(self.q, U))
         rr = self.y2 - explained - float(np.vdot(V, U))
         return V, max(rr, 0.0), self.y2 - explained
@@ -64,7 +71,8 @@ class SquaredMoments:
     def restrict(self, starts: np.ndarray, gates: np.ndarray) -> "SquaredMoments":
         """The loss in the weights of some gates, the others held at zero."""
         keep, _ = columns_of(starts, gates)
-        return replace(self, Q=self.Q[np.ix_(keep, keep)], q=self.q[keep], mean_x=self.mean_x[keep])
+        Q = principal(self.Q, keep)
+        return replace(self, Q=Q, q=self.q[keep], mean_x=self.mean_x[keep])
 
     def astype(self, dtype) -> "SquaredMoments":
         """A copy that computes `product` and `residual` in `dtype`."""
@@ -126,6 +134,11 @@ class SquaredRows:
     def shape(self) -> tuple[int, int]:
         """Shape (D, c) of the weights."""
         return int(self.design.starts[-1]), self.Y.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What `product` and `residual` compute in."""
+        return self.Y.dtype
 
     def value(self, U: np.ndarray) -> float:
         """f(U) + (ridge/2)||U||^2, U (D, c)."""

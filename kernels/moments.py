@@ -68,9 +68,12 @@ class Moments:
         d, c = x.shape[1], t.shape[1]
         _check_finite("x", x)
         _check_finite("t", t)
+        step = max(1, TILE_FLOATS // max(1, d + c))
+        if len(x) <= step:
+            x, t = np.asarray(x, np.float64), np.asarray(t, np.float64)
+            return cls(len(x), x.sum(axis=0), x.T @ x, t.T @ x, t.sum(axis=0), np.vdot(t, t))
         sums = cls.zeros(d, c)
         stt = 0.0
-        step = max(1, TILE_FLOATS // max(1, d + c))
         for start in range(0, len(x), step):
             xs = np.asarray(x[start : start + step], np.float64)
             ts = np.asarray(t[start : start + step], np.float64)

@@ -25,6 +25,9 @@ from edgesolve.kernels.surrogate import Surrogate
 FIRST_STEPS = 15
 """Proximal steps before the first Newton step; later rounds take 5 to 60, as Newton fares."""
 
+WARM_STEPS = 2
+"""The same from a warm start: it only has to find the gates that enter."""
+
 ROUGH_GAP = 1e-3
 """Down to this relative gap proximal steps are taken in float32."""
 
@@ -51,9 +54,10 @@ def newton(
     """
     check_problem(loss, penalty, U0, tol, seconds)
     began = time.perf_counter()
-    work = _Work(loss, penalty, lambda: time.perf_counter() - began > seconds)
+    work = None
     U = np.zeros(loss.shape) if U0 is None else np.array(U0, np.float64)
-    best, status, n_iter, steps = Point.at(loss, penalty, U), None, 0, FIRST_STEPS
+    best, status, n_iter = Point.at(loss, penalty, U), None, 0
+    steps = FIRST_STEPS if U0 is None else WARM_STEPS
     point = best
     if U0 is not None:
         zero = Point.at(loss, penalty, np.zeros(loss.shape))
@@ -69,7 +73,7 @@ def newton(
         if point.relative_gap <= tol:
             # Not `best`: of two points equal up to rounding the other may have the larger gap.
             best, status = point, Status.CONVERGED
-        elif work.late():
+        elif time.perf_counter() - began > seconds:
             status = Status.OUT_OF_TIME
         elif n_iter >= max_iter:
             status = Status.MAX_ITER
@@ -77,7 +81,13 @@ def newton(
             break
         n_iter += 1
         start = point if point.objective <= best.objective * (1 + WORSE) else best
-        U, good = work.round(start, steps, n_iter == 1 and U0 is None)
+        try:
+            if work is None:
+                work = _Work(loss, penalty, lambda: time.perf_counter() - began > seconds)
+            U, good = work.round(start, steps, n_iter == 1 and U0 is None)
+        except np.linalg.LinAlgError:  # a factor of what overflowed
+            status = Status.NOT_FINITE
+            break
         steps = 5 if good else min(max(2 * steps, 10), 60)
         point = Point.at(loss, penalty, U)
     return best.solution(loss, penalty, status, n_iter, time.perf_counter() - began)
@@ -100,34 +110,38 @@ class _Work:
         # At the first look many gates wait that will not stay; later ones must violate their limit.
         near = pull > (0.8 if first else 1.0 - 1e-9) * penalty.limit
         gates = np.flatnonzero(on | near)
+        if not len(gates):  # a gap of rounding at zero
+            return point.U, False
         columns, _ = columns_of(starts, gates)
         part = _Part(self.loss, self.rough, penalty, self.surrogate).restrict(gates)
-        U, V = point.U[columns], point.V[columns]
         rough = point.relative_gap > ROUGH_GAP
-        U = _proximal_steps(part, U, V, steps, rough, self.late)
-        U, good = self._newton_steps(part, U, point, self.late)
+        loss = part.rough if rough else part.loss
+        U, V = _proximal_steps(part, loss, point.U[columns], point.V[columns], steps, self.late)
+        U, good = self._newton_steps(part, U, V, point, rough)
         out = np.zeros_like(point.U)
         out[columns] = U
         return out, good
 
-    def _newton_steps(self, part, U, point, late):
-        good = False
-        relative_gap = point.relative_gap
+    def _newton_steps(self, part, U, V, point, rough):
+        """Up to four steps from U, where V = A'R/n; each follows V along its step."""
+        columns, good = np.arange(len(U)), False
+        out = U
         for _ in range(4):
             on = np.flatnonzero(part.penalty.norms(U) > 0)
-            if not len(on) or late():
+            if not len(on) or self.late():
                 break
-            columns, _ = columns_of(part.penalty.starts, on)
-            here = part.restrict(on)
-            W, length, gain = _newton_step(here, U[columns], relative_gap)
+            here, _ = columns_of(part.penalty.starts, on)
+            part, columns, U, V = part.restrict(on), columns[here], U[here], V[here]
+            loss = part.rough if rough else part.loss
+            U, V, length, gain = _newton_step(part, loss, U, V, point.relative_gap)
             if not gain > 0:
                 break
-            U = np.zeros_like(U)
-            U[columns] = W
+            out = np.zeros_like(out)
+            out[columns] = U
             good = length > 0.5
-            if not good or gain < max(1e-9, 1e-3 * relative_gap) * point.objective:
+            if not good or gain < max(1e-9, 1e-3 * point.relative_gap) * point.objective:
                 break
-        return U, good
+        return out, good
 
 
 class _Part:
@@ -148,10 +162,9 @@ class _Part:
         )
 
 
-def _proximal_steps(part, U, V, steps, rough, late):
-    """FISTA in the surrogate's metric from U, where V = A'R/n is known; L grows where it must."""
-    loss = part.rough if rough else part.loss
-    dtype = np.float32 if rough else np.float64
+def _proximal_steps(part, loss, U, V, steps, late):
+    """FISTA in the surrogate's metric from U, where V = A'R/n; L grows where it must. Both at the end."""
+    dtype = loss.dtype.type
     U, V = U.astype(dtype), V.astype(dtype)
     L = part.surrogate.lipschitz()
     Z, V_Z, t = U, V, 1.0
@@ -175,18 +188,17 @@ def _proximal_steps(part, U, V, steps, rough, late):
         beta = dtype((t - 1.0) / t_next)
         Z, V_Z = U_next + beta * (U_next - U), V_next + beta * (V_next - V)
         U, V, t = U_next, V_next, t_next
-    return U.astype(np.float64)
+    return U.astype(np.float64), V.astype(np.float64)
 
 
-def _newton_step(part, U, relative_gap):
-    """(new U, step length, decrease of the objective) from a point all of whose gates are on."""
-    loss, penalty, limit = part.loss, part.penalty, part.penalty.limit
+def _newton_step(part, loss, U, V, relative_gap):
+    """(new U, new V, step length, decrease of the objective) from a point all of whose gates are on."""
+    penalty, limit = part.penalty, part.penalty.limit
     norms = penalty.norms(U)
     spread = penalty.spread
-    V, _, _ = loss.residual(U)
     grad = loss.ridge * U - V + spread(limit / norms) * U
     direction, pinned = _direction(part, U, norms, grad, relative_gap)
-    bent = loss.product(direction)
+    bent = loss.product(direction.astype(loss.dtype)).astype(np.float64)
     slope = float(np.vdot(direction, loss.ridge * U - V))
     curve = float(np.vdot(direction, bent) + loss.ridge * np.vdot(direction, direction))
     along, squared = penalty.inner(U, direction), penalty.inner(direction, direction)
@@ -202,7 +214,7 @@ def _newton_step(part, U, relative_gap):
     W = U + length * direction
     if length == 1.0:
         W[spread(pinned)[:, 0]] = 0.0
-    return W, length, -change(length)
+    return W, V - length * bent, length, -change(length)
 
 
 def _direction(part, U, norms, grad, relative_gap):
@@ -222,7 +234,8 @@ def _direction(part, U, norms, grad, relative_gap):
     rest, right = -grad.astype(f32), -grad.astype(f32)
     for _ in range(3):
         keep = spread(free)
-        x = _conjugate_gradient(hessian, solve, x, rest * keep, keep, tol * _norm(right * keep))
+        goal = tol * _norm(right * keep)
+        x = _conjugate_gradient(hessian, solve, x, rest * keep, keep, goal, 1e4 * _norm(U))
         crossing = free & (inner(U + x, unit) <= 0.02 * norms)
         if not crossing.any():
             break
@@ -234,22 +247,26 @@ def _direction(part, U, norms, grad, relative_gap):
     return np.where(spread(free), x, -U), ~free
 
 
-def _conjugate_gradient(product, solve, x, rest, keep, goal):
-    """x + the approximate solution for the residual `rest`, in the entries of `keep` alone."""
+def _conjugate_gradient(product, solve, x, rest, keep, goal, far):
+    """x + the approximate solution for the residual `rest`, in the entries of `keep` alone.
+
+    far : no step is longer than that.
+    """
     p = z = solve(rest) * keep
-    rho = np.vdot(rest, z)
+    rho = float(np.vdot(rest, z))
     for _ in range(MAX_CG):
         if not _norm(rest) > goal:
             break
         q = product(p) * keep
-        curvature = np.vdot(p, q)
-        if not curvature > 0:
+        curvature = float(np.vdot(p, q))
+        # Where the objective is flat along p float32 would overflow: what there is has to do.
+        if not (curvature > 0 and 0 < rho and rho * _norm(p) < far * curvature):
             break
-        a = rho / curvature
+        a = np.float32(rho / curvature)
         x, rest = x + a * p, rest - a * q
         z = solve(rest) * keep
-        before, rho = rho, np.vdot(rest, z)
-        p = z + (rho / before) * p
+        before, rho = rho, float(np.vdot(rest, z))
+        p = z + np.float32(rho / before) * p
     return x
 
 

@@ -30,7 +30,7 @@ def ridge_rows(loss: SquaredRows) -> Solution:
     return Solution(
         weights=U,
         intercept=loss.intercept(U),
-        status=Status.CONVERGED if found <= ACCEPT_GAP else Status.ILL_CONDITIONED,
+        status=_status(found),
         objective=loss.value(U),
         kkt=kkt / scale if scale > 0 else kkt,
         relative_gap=found,
@@ -60,11 +60,21 @@ def _system(loss):
         raise ValueError("the sample-space ridge needs ridge > 0; without one use moments.")
     K = kernel_of(loss.design).gram(np.ones(len(loss.design.starts) - 1))
     if loss.centre:
-        K = K - K.mean(axis=0) - K.mean(axis=1)[:, None] + K.mean()
+        # Nothing is sought along the ones: any curvature there will do, and rounding needs some.
+        K = K - K.mean(axis=0) - K.mean(axis=1)[:, None] + K.mean() + np.trace(K) / loss.n**2
     K.flat[:: loss.n + 1] += loss.n * loss.ridge
     return K
 
 
 def _refined(H, Y):
-    alpha = np.linalg.solve(H, Y)
-    return alpha + np.linalg.solve(H, Y - H @ alpha)
+    try:
+        alpha = np.linalg.solve(H, Y)
+        return alpha + np.linalg.solve(H, Y - H @ alpha)
+    except np.linalg.LinAlgError:  # a ridge below rounding
+        return np.linalg.pinv(H, hermitian=True) @ Y if np.isfinite(H).all() else np.nan * Y
+
+
+def _status(found):
+    if not np.isfinite(found):
+        return Status.NOT_FINITE
+    return Status.CONVERGED if found <= ACCEPT_GAP else Status.ILL_CONDITIONED

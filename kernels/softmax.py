@@ -24,6 +24,7 @@ INTERCEPT_TOL = 1e-13
 """Newton's method for the intercept ends at this gradient: a few roundings of a mean over rows."""
 
 MAX_NEWTON = 50
+"""Four steps are usual. Logits in the hundreds may want more; the gap holds for what is reached."""
 
 SUM_SLACK = 1e-3
 """Rows of targets may miss the sum of one by this much, as float16 does; they are then scaled."""
@@ -91,15 +92,15 @@ class Softmax:
 
     def value(self, U: np.ndarray) -> float:
         """f(U) + (ridge/2)||U||^2, U (D, c)."""
-        return self._objective(self._fit(U))
+        return self._objective(self.fit(U))
 
     def grad(self, U: np.ndarray) -> np.ndarray:
         """Gradient (D, c) of `value`: that of the intercept is zero at its optimum."""
-        return self.ridge * U - self._adjoint(self._fit(U).R)
+        return self.ridge * U - self._adjoint(self.fit(U).R)
 
     def intercept(self, U: np.ndarray) -> np.ndarray:
         """The optimal intercept (c,) for weights U."""
-        return self._fit(U).b
+        return self.fit(U).b
 
     def lipschitz(self) -> float:
         """2% above the power iteration's estimate of a bound on the Hessian.
@@ -116,120 +117,120 @@ class Softmax:
         return 1.02 * top_eigenvalue(product, self.shape[0]) + self.ridge
 
     def duality_gap(self, penalty, U: np.ndarray, dual: np.ndarray | None = None):
-        """(gap, P(U)) as `gap.duality_gap` promises, which asks here; all in one product with A.
+        """(gap, P(U)) as `gap.duality_gap` promises, which asks here: one product with A and one A'.
 
         The dual point is Theta = s omega (T - Pi_W), W = U or `dual`, Pi the probabilities. With
         q_s = (1 - s) t + s p_W, in the simplex for s in [0, 1], P(U) less the dual value is
 
             sum_r omega_r KL(q_s || p_U) + ||MU_B b_U - s v_W||^2/(2 MU_B) + the groups' brackets,
 
-        v_W = 1'(T - Pi_W): every term is >= 0. The first two vanish at W = U and s = 1.
+        v_W = omega'(T - Pi_W): every term is >= 0. The first two vanish at W = U and s = 1.
         """
         penalty = GroupL2(0.0, [0, self.shape[0]]) if penalty is None else penalty
-        here = self._fit(np.asarray(U, np.float64))
+        here = self.fit(np.asarray(U, np.float64))
         gap = self._ray_gap(penalty, here, here)
         if dual is not None:
-            other = self._ray_gap(penalty, here, self._fit(np.asarray(dual, np.float64)))
+            other = self._ray_gap(penalty, here, self.fit(np.asarray(dual, np.float64)))
             gap = other if other < gap else gap
         return gap, self._objective(here) + penalty.value(here.U)
 
     def _ray_gap(self, penalty, here, ray):
         V = self._adjoint(ray.R)
         drift = self.omega @ ray.R if self.centre else 0.0 * ray.b
+        T = _complete(self.T)
 
         def at(s):
-            q = (1.0 - s) * _complete(self.T) + s * ray.p
+            fit = _divergence((1.0 - s) * T + s * ray.p, here.p, here.logp) @ self.omega
             left = MU_B * here.b - s * drift
-            fit = self.omega @ _divergence(q, here.logp) + np.vdot(left, left) / (2.0 * MU_B)
+            fit += np.vdot(left, left) / (2.0 * MU_B)
             return float(fit) + group_gap(penalty, self.ridge, here.U, s * V)
 
         s = min(1.0, largest_scale(penalty, V - self.ridge * ray.U))
         return min(at(s), at(1.0)) if self.ridge > 0 else at(s)
 
     def _objective(self, fit):
-        cross = -self.omega @ np.sum(_complete(self.T) * fit.logp, axis=1)
+        cross = -np.vdot(np.sum(_complete(self.T) * fit.logp, axis=0), self.omega)
         squares = MU_B * np.vdot(fit.b, fit.b) + self.ridge * np.vdot(fit.U, fit.U)
         return float(cross + 0.5 * squares)
 
     def _adjoint(self, R):
         return self.design.adjoint(self.omega[:, None] * R)
 
-    def _fit(self, U):
-        """Everything at the weights U, by one product with A and Newton's method for b."""
+    def fit(self, U):
+        """What is known at the weights U: one product with A, and Newton's method for b."""
         U = np.asarray(U, np.float64)
-        Z = self.design.forward(U)
-        c = Z.shape[1]
+        Z, c, mean_t = _logits(self.design.forward(U)), self.shape[1], self.mean_t
         b = self._first_intercept(Z) if self.centre else np.zeros(c)
         for left in reversed(range(MAX_NEWTON)):
-            logp = _log_softmax(_logits(Z + b))
-            p = np.exp(logp)
-            R = self.T - p[:, -c:]
-            grad = MU_B * b - self.omega @ R
+            p, logp = _softmax(Z, b)
+            grad = MU_B * b - mean_t + p[-c:] @ self.omega
             if left == 0 or not (self.centre and np.linalg.norm(grad) > INTERCEPT_TOL):
                 break
-            b = b - _damped(np.linalg.solve(self._curvature(p), grad))
-        return _Fit(U, b, logp, p, R)
+            b = b - _damped(np.linalg.solve(self.curvature(p), grad))
+        return _Fit(U, b, p, logp, np.subtract(self.T, p[-c:].T, order="C"))
 
     def _first_intercept(self, Z):
         """Right but for the token ridge where rows of Z are equal, so at U = 0."""
-        mean_t = np.log(np.maximum(self.omega @ _complete(self.T), MU_B))
-        origin = mean_t[0] if Z.shape[1] == 1 else mean_t.mean()
-        return mean_t[-Z.shape[1] :] - origin - self.omega @ Z
+        b = np.log(np.maximum(_complete(self.T) @ self.omega, MU_B)) - Z @ self.omega
+        return b[1:] - b[0] if self.shape[1] == 1 else b - b.mean()
 
-    def _curvature(self, p):
+    def curvature(self, p):
         """Hessian (c, c) in the intercept."""
-        weighted = self.omega[:, None] * p
-        H = np.diag(weighted.sum(axis=0) + MU_B) - p.T @ weighted
-        c = self.shape[1]
-        return H[-c:, -c:]
+        weighted = p * self.omega
+        H = np.diag(weighted.sum(axis=1) + MU_B) - weighted @ p.T
+        return H[-self.shape[1] :, -self.shape[1] :]
 
 
 class _Fit(NamedTuple):
-    """What is known at weights U; k = max(c, 2) classes."""
+    """What is known at weights U. Classes come first, k = max(c, 2) of them: sums over 2 are slow."""
 
     U: np.ndarray
     b: np.ndarray  # (c,) the intercept
-    logp: np.ndarray  # (n, k) log probabilities
-    p: np.ndarray  # (n, k)
+    p: np.ndarray  # (k, n) probabilities
+    logp: np.ndarray  # (k, n)
     R: np.ndarray  # (n, c) T - p
 
 
 def _damped(step):
     """The part of a Newton step that surely descends, all of it in the limit.
 
-    The third derivative along `step` is at most its spread times the second (the third and second
-    moments of `step` under p): minimise the bound that follows. Bach 2010, self-concordance.
+    The third derivative along `step` is at most its spread times the second (they are moments of
+    `step` under p): this minimises the bound that follows. Bach 2010, self-concordance.
     """
     spread = float(np.ptp(_logits(step[None])))
     return step * (np.log1p(spread) / spread if spread > 0 else 1.0)
 
 
 def _logits(Z):
-    """(n, c) -> (n, k): "no" has the logit 0."""
-    return Z if Z.shape[1] > 1 else np.hstack([np.zeros_like(Z), Z])
+    """(n, c) -> (k, n): with one logit, "no" has the logit 0."""
+    return np.ascontiguousarray(Z.T) if Z.shape[1] > 1 else np.vstack([0.0 * Z.T, Z.T])
 
 
 def _complete(T):
-    """(n, c) -> (n, k): the probability of "no" is what is left."""
-    return T if T.shape[1] > 1 else np.hstack([1.0 - T, T])
+    """(n, c) -> (k, n): with one column, "no" has the rest of the probability."""
+    return np.ascontiguousarray(T.T) if T.shape[1] > 1 else np.vstack([1.0 - T.T, T.T])
 
 
-def _log_softmax(Z):
-    Z = Z - Z.max(axis=1, keepdims=True)
-    return Z - np.log(np.exp(Z).sum(axis=1, keepdims=True))
+def _softmax(Z, b):
+    """Probabilities and their logarithms, both (k, n)."""
+    Z = Z + _logits(b[None])
+    Z -= Z.max(axis=0)
+    p = np.exp(Z)
+    total = p.sum(axis=0)
+    p /= total
+    Z -= np.log(total)
+    return p, Z
 
 
-def _divergence(q, logp):
-    """KL(q || p) (n,) of rows in the simplex, as terms q log(q/p) - q + p, each >= 0.
+def _divergence(q, p, logp):
+    """KL(q || p) (n,) per column, as a sum of terms q log(q/p) - q + p that are each >= 0.
 
-    By log1p, so that the square of a small q - p is not lost; by log p, where p underflows.
+    By log1p, which keeps the square of a small q - p; by log p where p underflows.
     """
-    p = np.exp(logp)
-    seen = logp > -600.0
-    more = q - p
-    part = np.maximum(more / np.where(seen, p, 1.0), np.finfo(np.float64).eps - 1.0)
+    more, seen = q - p, logp > -600.0
+    share = np.maximum(more / np.where(seen, p, 1.0), np.finfo(np.float64).eps - 1.0)
     far = np.log(np.maximum(q, np.finfo(np.float64).tiny)) - logp
-    return np.sum(q * np.where(seen, np.log1p(part), far) - more, axis=1)
+    return np.sum(q * np.where(seen, np.log1p(share), far) - more, axis=0)
 
 
 def _checked_targets(t, n):

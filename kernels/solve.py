@@ -11,7 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from edgesolve.kernels.designs import SAMPLE_ROWS, TILE_FLOATS, Masked, Pooled
 from edgesolve.kernels.fista import fista
+from edgesolve.kernels.gated import TILE_FLOATS as GATED_TILE_FLOATS
 from edgesolve.kernels.losses import SquaredRows
 from edgesolve.kernels.newton import newton
 from edgesolve.kernels.penalties import GroupL2
@@ -22,6 +24,9 @@ from edgesolve.kernels.variational import variational
 
 FEW_ROWS = 600
 """Up to here, and with fewer rows than weights, n x n factors beat products with the rows."""
+
+FIXED_BYTES = 1 << 16
+"""What small objects of a solve take."""
 
 METHODS = ("newton", "variational", "fista", "ridge")
 
@@ -53,7 +58,8 @@ def solve(
         raise ValueError(f"budgets must be positive, got {seconds} s and {memory_mib} MiB.")
     if method not in ("auto", *METHODS):
         raise ValueError(f"method must be auto or one of {', '.join(METHODS)}, got {method!r}.")
-    _finite(loss)
+    _finite(loss, U0)
+    _fitting(loss, penalty)
     if penalty is not None and penalty.lam == 0.0:
         penalty = None
     fits = [m for m in _able(loss, penalty) if peak_mib(loss, m) <= memory_mib]
@@ -68,30 +74,56 @@ def solve(
             f"{_name(loss)} of D = {loss.shape[0]} needs {least:.1f} MiB beside its data with "
             f"{' or '.join(tried)}, the budget is {memory_mib:g}: fewer gates, or more memory."
         )
-    return _run(fits[0], loss, penalty, U0, tol, seconds)
+    return _in_turn(fits, loss, penalty, U0, tol, seconds)
 
 
 def peak_mib(loss, method: str) -> float:
-    """Peak memory of a method beside the loss, in MiB; measured against in tests."""
+    """Peak memory of a method beside the loss, in MiB: an upper bound, against which tests measure."""
     D, c = loss.shape
-    rows = isinstance(loss, SquaredRows)
-    n = loss.n if rows else 0
-    data = loss.design.nbytes if rows else loss.Q.nbytes
+    if not isinstance(loss, SquaredRows):
+        square = D * D
+        numbers = {
+            "fista": 2 * square + 12 * D * c,  # the proof of its step size factors Q
+            # A float32 copy, and both copies of the gates at work and of those that are on.
+            "newton": 4.5 * square + 24 * D * c,
+            "ridge": 3 * square + 4 * D * c,
+        }[method]
+        return (8 * numbers + FIXED_BYTES) / 2**20
+    n, m, data = loss.n, len(loss.design.starts) - 1, loss.design.nbytes / 8
     numbers = {
-        "fista": 8 * D * c,
-        "newton": 16 * D * c,
-        "variational": 5 * n * n + 4 * n * _gates(loss) * c + 3 * D * c,
-        "ridge": 4 * n * n + 3 * D * c if rows else 3 * D * D + 4 * D * c,
+        # The power iteration takes four columns at a time.
+        "fista": 12 * D * max(c, 4) + _tiles(loss, max(c, 4)),
+        "newton": 24 * D * c + _tiles(loss, c) + 0.5 * data + n * m / 4 + _surrogate(loss),
+        "variational": 5 * n * n + 4 * n * m * c + 3 * m * m + 3 * D * c + _written_out(loss),
+        "ridge": 4 * n * n + 3 * D * c + _tiles(loss, c) + _written_out(loss),
     }[method]
-    if method == "newton":
-        # A float32 copy, and both restricted to the gates at work and to those that are on.
-        numbers += (0.5 * data + (n * _gates(loss) / 8 * 2 if rows else 3 * data)) / 8
-    tiles = 4 * (1 << 18) + 2 * n * c if rows else 0
-    return 8 * (numbers + tiles) / 2**20
+    if method == "newton" and not isinstance(loss.design, Masked):
+        numbers += 2 * data  # the rows of the gates at work, in two precisions
+    return (8 * (numbers + 6 * n * c) + FIXED_BYTES) / 2**20
 
 
-def _gates(loss):
-    return len(loss.design.starts) - 1 if isinstance(loss, SquaredRows) else 0
+def _tiles(loss, c):
+    """Numbers that one product with the rows holds for a tile of them."""
+    design = loss.design
+    if isinstance(design, Pooled):
+        (_, p, r), m = design.z.shape, design.D.shape[2]
+        return 2 * min(GATED_TILE_FLOATS, loss.n * (p * (r + m) + m * r))
+    if isinstance(design, Masked):
+        return 3 * min(TILE_FLOATS, loss.n * (design.D.shape[1] * c + design.X.shape[1]))
+    return 0 if design.A.dtype == np.float64 else min(TILE_FLOATS, loss.n * loss.shape[0])
+
+
+def _surrogate(loss):
+    """Gamma and S, their factors, and the sample of rows that pooled and explicit ones come from."""
+    sizes = np.diff(loss.design.starts)
+    D, k, r = loss.shape[0], len(sizes), int(sizes.max())
+    sample = 0 if isinstance(loss.design, Masked) else 2 * min(loss.n, SAMPLE_ROWS) * D + 2 * D * D
+    return 6 * k * k + 4 * r * r + sample + 3 * min(TILE_FLOATS, k * k * r)
+
+
+def _written_out(loss):
+    """Rows in float64, weighted rows, and what pooling made them from."""
+    return 0 if isinstance(loss.design, Masked) else 3 * loss.n * loss.shape[0]
 
 
 def _able(loss, penalty):
@@ -121,9 +153,33 @@ def _run(method, loss, penalty, U0, tol, seconds):
     return solver(loss, penalty, U0, tol=tol, seconds=seconds)
 
 
+def _in_turn(methods, loss, penalty, U0, tol, seconds):
+    """The first method; where rounding ends `variational` early, `newton` from where it stands."""
+    found = _run(methods[0], loss, penalty, U0, tol, seconds)
+    again = found.status is Status.ILL_CONDITIONED and methods[:2] == ["variational", "newton"]
+    if not (again and found.seconds < seconds):
+        return found
+    more = newton(loss, penalty, found.weights, tol=tol, seconds=seconds - found.seconds)
+    return replace(more, n_iter=found.n_iter + more.n_iter, seconds=found.seconds + more.seconds)
+
+
+def _fitting(loss, penalty):
+    """ValueError where the penalty's groups are not those of the weights."""
+    D = loss.shape[0]
+    if hasattr(penalty, "starts") and penalty.starts[-1] != D:
+        raise ValueError(f"starts must end at D = {D}, got {penalty.starts[-1]}.")
+    if hasattr(penalty, "n_gates") and (
+        D % penalty.n_gates or len(penalty.weights) not in (1, D // penalty.n_gates)
+    ):
+        raise ValueError(
+            f"{D} weights of {penalty.n_gates} gates don't make {len(penalty.weights)} inputs."
+        )
+
+
 def _fista(loss, penalty, U0, tol, seconds):
     """FISTA stops on its residual: go on with a smaller one until the gap is small as well."""
     began, goal, n_iter = time.perf_counter(), math.sqrt(tol) * 0.1, 0
+    penalty = GroupL2(0.0, [0, loss.shape[0]]) if penalty is None else penalty
     while True:
         left = seconds - (time.perf_counter() - began)
         found = fista(loss, penalty, U0, tol=goal, max_iter=5000, seconds=max(left, 1e-9))
@@ -140,8 +196,12 @@ def _fista(loss, penalty, U0, tol, seconds):
         U0, goal = found.weights, goal * 0.1
 
 
-def _finite(loss):
-    arrays = [getattr(loss, name) for name in ("Y", "Q", "q") if hasattr(loss, name)]
+def _finite(loss, U0):
+    if U0 is not None and np.shape(U0) != loss.shape:
+        raise ValueError(f"U0 must be {loss.shape}, got {np.shape(U0)}.")
+    if U0 is not None and not np.isfinite(U0).all():
+        raise ValueError("U0 holds NaN or inf: start from None.")
+    arrays = [getattr(loss, name) for name in ("Y", "Q", "q", "y2") if hasattr(loss, name)]
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError(
             f"{_name(loss)} holds NaN or inf: look at the features first, a saturated backbone is "

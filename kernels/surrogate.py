@@ -12,8 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgesolve.kernels import accel
+from edgesolve.kernels.designs import TILE_FLOATS
 
 SECULAR_STEPS = 60
+
+RESOLVED = 3e-5
+"""Share of T that the preconditioner leaves along u, where M itself may have no curvature."""
 
 FLOOR = 1e-10
 """Eigenvalues of S are taken for at least this share of the largest."""
@@ -138,10 +142,14 @@ class _Inverse:
         self.one, self.left = one, (scale[:, None] * vectors).astype(f32)
         self.inverse = (1.0 / (1.0 + np.maximum(values, 0.0)[:, None] * one.s)).astype(f32)
         self.unit = (one.take(U) / norms[one.gates][:, None, None]).astype(f32)
-        # Capacitance: 1/T - u_i' M0^-1 u_j.
-        inner = np.einsum("icr,jcr->rij", self.unit, self.unit, optimize=True)
-        between = (self.left * self.inverse.T[:, None, :]) @ self.left.T
-        small = np.diag(1.0 / T) - np.einsum("rij,rij->ij", inner, between)
+        # Capacitance: 1/T - u_i' M0^-1 u_j, kept away from the singular by what float32 resolves.
+        small = np.diag((1.0 + RESOLVED) / T)
+        step = max(1, TILE_FLOATS // T.size**2)
+        for a in range(0, len(one.s), step):
+            unit = self.unit[:, :, a : a + step]
+            inner = np.einsum("icr,jcr->rij", unit, unit, optimize=True)
+            between = (self.left * self.inverse.T[a : a + step, None, :]) @ self.left.T
+            small -= np.einsum("rij,rij->ij", inner, between)
         self.core = np.linalg.inv(small).astype(f32)
 
     def solve(self, r):

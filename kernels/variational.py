@@ -24,6 +24,9 @@ from edgesolve.kernels.penalties import GroupL2
 from edgesolve.kernels.point import Point, check_problem
 from edgesolve.kernels.solution import Solution, Status
 
+ROUNDING = 1e-14
+"""Below this share of h two values can't be told apart: there the smaller gap decides."""
+
 
 def variational(
     loss: SquaredRows,
@@ -46,20 +49,20 @@ def variational(
         raise ValueError("variational works on rows; for moments there is `newton`.")
     began = time.perf_counter()
     work = _Dual(loss, penalty)
-    t = work.uniform() if U0 is None else np.array(penalty.norms(np.asarray(U0, np.float64)))
-    if U0 is not None and not t.any():
-        t = work.uniform()
-    here = work.at(t)
+    t = np.zeros(len(penalty.limit)) if U0 is None else penalty.norms(np.asarray(U0, np.float64))
+    here = work.at(t if t.any() else work.uniform())
+    if math.isinf(here.value):
+        here = work.at(np.zeros(len(t)))
     best, status, n_iter = here, None, 0
     while status is None:
-        if not math.isfinite(here.objective + here.gap):
+        if not math.isfinite(here.value + here.objective + here.gap):
             status = Status.NOT_FINITE
             break
-        best = here if here.objective <= best.objective else best
+        best = here if _better(here, best) else best
         if callback is not None:
             point = Point.at(loss, penalty, work.weights(here))
             callback(n_iter, point.U, point.objective, point.relative_gap)
-        if here.gap <= tol * here.objective:
+        if here.gap <= 0.9 * tol * here.objective:  # the rest is for rounding
             best, status = here, Status.CONVERGED
         elif time.perf_counter() - began > seconds:
             status = Status.OUT_OF_TIME
@@ -73,9 +76,21 @@ def variational(
             else:
                 here = moved
     point = Point.at(loss, penalty, work.weights(best))
-    if status is Status.CONVERGED and not point.relative_gap <= 2.0 * tol + 1e-12:
+    if status is not Status.CONVERGED:
+        # Where rounding rules, the U of a t may be worse than what h says of it.
+        for U in (np.zeros(loss.shape), U0):
+            other = point if U is None else Point.at(loss, penalty, np.array(U, np.float64))
+            point = other if other.objective < point.objective or not point.finite else point
+    if status is Status.CONVERGED and not point.relative_gap <= tol:
         status = Status.ILL_CONDITIONED
     return point.solution(loss, penalty, status, n_iter, time.perf_counter() - began)
+
+
+def _better(one, other):
+    """Whether its objective is smaller, or its gap where the objectives differ by rounding only."""
+    if abs(one.objective - other.objective) <= ROUNDING * other.objective:
+        return one.gap <= other.gap
+    return one.objective < other.objective
 
 
 class _At:
@@ -94,6 +109,8 @@ class _Dual:
     def uniform(self):
         """The best t whose entries are all alike, by one eigendecomposition; zeros if that is best."""
         K = self._centred(self.kernel.gram(1.0 / self.limit))
+        if not np.isfinite(K).all():
+            return np.zeros(len(self.limit))
         values, vectors = np.linalg.eigh(K)
         along = np.square(vectors.T @ self.loss.Y).sum(axis=1)
         # h(t) is at least limit t / 2, so that no larger t can be better than h(0).
@@ -118,16 +135,25 @@ class _Dual:
         below = self.limit + self.ridge * here.t
         slope = self.limit / below**2  # dw/dt
         grad = 0.5 * (self.limit - here.q * slope)
-        free = np.flatnonzero((here.t > 0) | (grad < 0))
         bend = here.q * self.ridge * self.limit / below**3
-        while len(free):
-            move = -self._newton(here, free, slope, bend, grad)
-            stuck = (here.t[free] <= 0) & (move < 0)
-            if not stuck.any():
-                break
-            free = free[~stuck]
-        if not len(free) or not np.isfinite(move).all():
-            return None
+        # More gates than n c leave the Hessian singular: damp it where its step leads nowhere.
+        for damping in (1e-14, 1e-8, 1e-4, 1.0):
+            free = np.flatnonzero((here.t > 0) | (grad < 0))
+            while len(free):
+                move = -self._newton(here, free, slope, bend, grad, damping)
+                stuck = (here.t[free] <= 0) & (move < 0)
+                if not stuck.any():
+                    break
+                free = free[~stuck]
+            if not len(free):
+                return None
+            found = self._search(here, free, move, grad) if np.isfinite(move).all() else None
+            if found is not None:
+                return found
+        return None
+
+    def _search(self, here, free, move, grad):
+        """The first of the shorter and shorter steps that descends, projected on t >= 0; or None."""
         length = 1.0
         while length > 1e-8:
             t = here.t.copy()
@@ -135,6 +161,10 @@ class _Dual:
             tried = self._value(t)
             if tried.value <= here.value + 1e-4 * float(grad @ (t - here.t)):
                 return self._complete(tried)
+            if tried.value - here.value <= ROUNDING * here.value:
+                tried = self._complete(tried)
+                if tried.gap < 0.5 * here.gap:
+                    return tried
             length *= 0.5
         return None
 
@@ -145,19 +175,22 @@ class _Dual:
         here.objective, here.gap = self._certificate(here)
         return here
 
-    def _newton(self, here, free, slope, bend, grad):
+    def _newton(self, here, free, slope, bend, grad, damping):
         k, (n, c) = len(free), here.alpha.shape
         half = here.inverse @ here.B[:, free].reshape(n, k * c)
         half = half.reshape(n, k, c).transpose(1, 0, 2).reshape(k, n * c) * slope[free, None]
         H = half @ half.T
-        H.flat[:: k + 1] += bend[free] + 1e-14 * np.trace(H) / k + np.finfo(float).tiny
+        H.flat[:: k + 1] += bend[free] + damping * np.trace(H) / k + np.finfo(float).tiny
         return np.linalg.solve(H, grad[free])
 
     def _value(self, t):
         on = np.flatnonzero(t > 0)
         K = self._centred(self.kernel.gram(self._w(t)[on], on))
         K.flat[:: self.n + 1] += self.n
-        inverse = np.linalg.inv(np.linalg.cholesky(K))
+        try:
+            inverse = np.linalg.inv(np.linalg.cholesky(K))
+        except np.linalg.LinAlgError:  # t is so large that n is below the rounding of K
+            return _At(t, math.inf, None, np.zeros_like(self.loss.Y))
         half = inverse @ self.loss.Y
         value = 0.5 * float(np.vdot(half, half)) + 0.5 * float(self.limit @ t)
         return _At(t, value, inverse, inverse.T @ half)
@@ -194,7 +227,7 @@ def kernel_of(design):
     if isinstance(design, Masked):
         return _MaskedKernel(design)
     if isinstance(design, Pooled):
-        design = Explicit(gated_pool(design.z, design.D), design.starts)
+        design = Explicit(gated_pool(design.z.astype(np.float64), design.D), design.starts)
     return _RowsKernel(design)
 
 
