@@ -17,3 +17,11 @@ def compiled():
     except (ImportError, RuntimeError):
         return None
     return compiled
+
+
+def read_only(array):
+    """A view that can't be written to, whoever owns the array: for Numba these are two types, and
+    it would compile once more for the other. Kernels get all that they only read this way."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -70,7 +70,7 @@ def _pool(z, D, out):
     D = np.ascontiguousarray(D, None if D.dtype == bool else out.dtype)
     fast = accel.compiled() if p <= FUSED_POSITIONS else None
     if fast is not None:
-        fast.gated_pool(z, D, out)
+        fast.gated_pool(accel.read_only(z), accel.read_only(D), out)
         return
     shaped = out.reshape(n, -1, r)
     if p == 1:

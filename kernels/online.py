@@ -38,7 +38,9 @@ class Online:
         return replace(self, moments=self.moments.scaled(factor))
 
     def add_class(self, target: float = 0.0) -> "Online":
-        """One more target column, which is `target` in every row so far."""
+        """One more target column, which is the finite `target` in every row so far."""
+        if not np.isfinite(target):
+            raise ValueError(f"the target must be finite, got {target}.")
         m = self.moments
         grown = Moments(
             n=m.n,

@@ -44,7 +44,7 @@ def prox_group_l2(v: np.ndarray, starts: np.ndarray, thresh, out: np.ndarray) ->
     thresh = np.ascontiguousarray(np.broadcast_to(thresh, len(starts) - 1), np.float64)
     fast = accel.compiled()
     if fast is not None:
-        fast.prox_group_l2(v, starts, thresh, out)
+        fast.prox_group_l2(v, accel.read_only(starts), accel.read_only(thresh), out)
         return
     scale = shrinkage(group_norms(v, starts), thresh)
     np.multiply(np.repeat(scale, np.diff(starts))[:, None], v, out=out)

@@ -11,22 +11,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgesolve.kernels.designs import SAMPLE_ROWS, TILE_FLOATS, Masked, Pooled
 from edgesolve.kernels.fista import fista
-from edgesolve.kernels.gated import TILE_FLOATS as GATED_TILE_FLOATS
 from edgesolve.kernels.losses import SquaredRows
 from edgesolve.kernels.newton import newton
+from edgesolve.kernels.peak import peak_mib
 from edgesolve.kernels.penalties import GroupL2
 from edgesolve.kernels.ridge import ridge_of_loss
 from edgesolve.kernels.sample_space import ridge_rows
+from edgesolve.kernels.softmax import Softmax
+from edgesolve.kernels.softmax_newton import softmax_newton
 from edgesolve.kernels.solution import Solution, Status
 from edgesolve.kernels.variational import variational
 
-FEW_ROWS = 600
-"""Up to here, and with fewer rows than weights, n x n factors beat products with the rows."""
+FEW_ROWS = 2400
+"""Up to here a ridge is solved by an n x n factor."""
 
-FIXED_BYTES = 1 << 16
-"""What small objects of a solve take."""
+FEW_SHARE = 5.0
+"""`variational` is taken where n (n + m c) is below this many times D c: twelve of its steps, 4 n^2 (n + m c)
+in float64, then take less than the hundred products in float32, 4 n D c, that `newton` needs."""
 
 METHODS = ("newton", "variational", "fista", "ridge")
 
@@ -43,7 +45,7 @@ def solve(
 ) -> Solution:
     """argmin of loss(U) + penalty(U), with a certificate whatever the method.
 
-    loss : `SquaredMoments` or `SquaredRows`. penalty : any of `penalties.py`, or None for the ridge
+    loss : `SquaredMoments`, `SquaredRows` or `Softmax`. penalty : any of `penalties.py`, or None for the ridge
     alone. U0 (D, c) : warm start. method : "auto" or one of `METHODS`. tol : on the relative duality
     gap. seconds : the best point so far is returned when they are over, status OUT_OF_TIME.
     memory_mib : peak beside the loss itself, computed by `peak_mib` before anything is allocated;
@@ -77,71 +79,24 @@ def solve(
     return _in_turn(fits, loss, penalty, U0, tol, seconds)
 
 
-def peak_mib(loss, method: str) -> float:
-    """Peak memory of a method beside the loss, in MiB: an upper bound, against which tests measure."""
-    D, c = loss.shape
-    if not isinstance(loss, SquaredRows):
-        square = D * D
-        numbers = {
-            "fista": 2 * square + 12 * D * c,  # the proof of its step size factors Q
-            # A float32 copy, and both copies of the gates at work and of those that are on.
-            "newton": 4.5 * square + 24 * D * c,
-            "ridge": 3 * square + 4 * D * c,
-        }[method]
-        return (8 * numbers + FIXED_BYTES) / 2**20
-    n, m, data = loss.n, len(loss.design.starts) - 1, loss.design.nbytes / 8
-    numbers = {
-        # The power iteration takes four columns at a time.
-        "fista": 12 * D * max(c, 4) + _tiles(loss, max(c, 4)),
-        "newton": 24 * D * c + _tiles(loss, c) + 0.5 * data + n * m / 4 + _surrogate(loss),
-        "variational": 5 * n * n + 4 * n * m * c + 3 * m * m + 3 * D * c + _written_out(loss),
-        "ridge": 4 * n * n + 3 * D * c + _tiles(loss, c) + _written_out(loss),
-    }[method]
-    if method == "newton" and not isinstance(loss.design, Masked):
-        numbers += 2 * data  # the rows of the gates at work, in two precisions
-    return (8 * (numbers + 6 * n * c) + FIXED_BYTES) / 2**20
-
-
-def _tiles(loss, c):
-    """Numbers that one product with the rows holds for a tile of them."""
-    design = loss.design
-    if isinstance(design, Pooled):
-        (_, p, r), m = design.z.shape, design.D.shape[2]
-        return 2 * min(GATED_TILE_FLOATS, loss.n * (p * (r + m) + m * r))
-    if isinstance(design, Masked):
-        return 3 * min(TILE_FLOATS, loss.n * (design.D.shape[1] * c + design.X.shape[1]))
-    return 0 if design.A.dtype == np.float64 else min(TILE_FLOATS, loss.n * loss.shape[0])
-
-
-def _surrogate(loss):
-    """Gamma and S, their factors, and the sample of rows that pooled and explicit ones come from."""
-    sizes = np.diff(loss.design.starts)
-    D, k, r = loss.shape[0], len(sizes), int(sizes.max())
-    sample = 0 if isinstance(loss.design, Masked) else 2 * min(loss.n, SAMPLE_ROWS) * D + 2 * D * D
-    return 6 * k * k + 4 * r * r + sample + 3 * min(TILE_FLOATS, k * k * r)
-
-
-def _written_out(loss):
-    """Rows in float64, weighted rows, and what pooling made them from."""
-    return 0 if isinstance(loss.design, Masked) else 3 * loss.n * loss.shape[0]
-
-
 def _able(loss, penalty):
     """The methods for such a problem, the fastest first."""
-    rows = isinstance(loss, SquaredRows)
+    if isinstance(loss, Softmax):
+        return ["newton", "fista"] if isinstance(penalty, GroupL2) else ["fista"]
+    if not isinstance(loss, SquaredRows):
+        if penalty is None:
+            return ["ridge", "fista"]
+        return ["newton", "fista"] if isinstance(penalty, GroupL2) else ["fista"]
     if penalty is None:
-        if rows:
-            few = loss.ridge > 0 and loss.n <= 4 * FEW_ROWS
-            return (
-                ["ridge", "fista"] if few else ["fista", "ridge"] if loss.ridge > 0 else ["fista"]
-            )
-        return ["ridge", "fista"]
+        if not loss.ridge > 0:
+            return ["fista"]
+        return ["ridge", "fista"] if loss.n <= FEW_ROWS else ["fista", "ridge"]
     if not isinstance(penalty, GroupL2):
         return ["fista"]
-    if not rows:
-        return ["newton", "fista"]
-    few = loss.n <= FEW_ROWS and loss.n < loss.shape[0]
-    return ["variational", "newton", "fista"] if few else ["newton", "fista", "variational"]
+    (D, c), n, m = loss.shape, loss.n, len(penalty.limit)
+    if n * (n + m * c) <= FEW_SHARE * D * c:
+        return ["variational", "newton", "fista"]
+    return ["newton", "fista", "variational"]
 
 
 def _run(method, loss, penalty, U0, tol, seconds):
@@ -149,7 +104,9 @@ def _run(method, loss, penalty, U0, tol, seconds):
         return ridge_rows(loss) if isinstance(loss, SquaredRows) else ridge_of_loss(loss)
     if method == "fista":
         return _fista(loss, penalty, U0, tol, seconds)
-    solver = newton if method == "newton" else variational
+    if method == "variational":
+        return variational(loss, penalty, U0, tol=tol, seconds=seconds)
+    solver = softmax_newton if isinstance(loss, Softmax) else newton
     return solver(loss, penalty, U0, tol=tol, seconds=seconds)
 
 
@@ -201,7 +158,7 @@ def _finite(loss, U0):
         raise ValueError(f"U0 must be {loss.shape}, got {np.shape(U0)}.")
     if U0 is not None and not np.isfinite(U0).all():
         raise ValueError("U0 holds NaN or inf: start from None.")
-    arrays = [getattr(loss, name) for name in ("Y", "Q", "q", "y2") if hasattr(loss, name)]
+    arrays = [getattr(loss, name) for name in ("Y", "T", "Q", "q", "y2") if hasattr(loss, name)]
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError(
             f"{_name(loss)} holds NaN or inf: look at the features first, a saturated backbone is "

@@ -184,7 +184,8 @@ def secular(beta: np.ndarray, s: np.ndarray, limit: np.ndarray) -> np.ndarray:
         below = s * root[:, None] + limit
         h = (beta / below**2).sum(axis=1)
         slope = (beta * s / below**3).sum(axis=1)
-        step = h * (np.sqrt(h) - 1.0) / np.maximum(slope, np.finfo(np.float64).tiny)
+        with np.errstate(over="ignore"):  # no curvature: the root is beyond all numbers
+            step = h * (np.sqrt(h) - 1.0) / np.maximum(slope, 1e-300)
         root = root + step
         if not (np.abs(step) > 1e-14 * root).any():
             break

@@ -41,7 +41,7 @@ def variational(
     """argmin of loss(U) + penalty(U) for few rows; arguments and certificate as `newton`.
 
     Each step costs about 2 n^3 + 2 n^2 m c multiply-adds for `Masked` designs (others: n^2 D + 2 n D
-    c), none of which depends on the number of inputs d. Memory: 4 n^2 + 3 n m c numbers.
+    c), none of which depends on the number of inputs d. Memory: 7 n^2 + 4 n m c numbers.
     callback(n_iter, U, objective, relative_gap) : every step; it costs the making of U.
     """
     check_problem(loss, penalty, U0, tol, seconds)

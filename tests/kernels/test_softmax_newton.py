@@ -1,5 +1,7 @@
 """Proximal Newton for softmax: FISTA's optimum, an honest certificate, budgets kept."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -48,7 +50,7 @@ def test_the_certificate_covers_the_error_at_every_round(rng):
     softmax_newton(loss, penalty, tol=1e-9, callback=lambda *a: seen.append(a[2:]))
     for objective, relative in seen:
         assert -1e-12 <= objective - best <= relative * objective + 1e-12
-    assert all(a[0] >= b[0] for a, b in zip(seen, seen[1:], strict=False)) and len(seen) > 2
+    assert all(a[0] >= b[0] for a, b in pairwise(seen)) and len(seen) > 2
 
 
 def test_above_lam_max_nothing_is_on(rng):
