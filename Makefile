@@ -5,10 +5,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard kernels/*.py host/*.py device/*.py)
 TINY := build/tiny
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-device test-arm64 bench-main wheel clean distclean
+.PHONY: help venv demo test test-device test-arm64 reference-arm64 bench-main bench-solvers wheel clean distclean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 venv: .venv/.stamp  ## everything in .venv: host, both runtimes, test tools, at the tested versions
 
@@ -33,8 +33,22 @@ test-device: wheel $(TINY)/.stamp  ## the installed wheel without torch, with Nu
 test-arm64: wheel $(TINY)/.stamp  ## the installed wheel on an emulated Raspberry Pi 4
 	tests/arm64_env.sh build/wheel/*.whl $(TINY)/bundle
 
+reference-arm64: wheel  ## the instruction counts that test-arm64 compares with, counted anew
+	tests/arm64_env.sh build/wheel/*.whl --renew
+
 bench-main: venv  ## the main job, side by side with the peers
 	$(BIN)/python benchmarks/main_job.py
+
+bench-solvers: venv .venv-peers/.stamp  ## the convex solvers, side by side with the peers (hours)
+	$(BIN)/python benchmarks/bench_solvers.py
+
+.venv-peers/.stamp: pyproject.toml benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	@# One by one: a peer that can't be had is a printed skip.
+	.venv-peers/bin/pip install -q -c benchmarks/peers.txt -e . scikit-learn
+	for p in adelie celer skglm torch pyscnn 'cvxpy clarabel'; do \
+	  .venv-peers/bin/pip install -q -c benchmarks/peers.txt $$p || echo "no $$p"; done
+	@touch $@
 
 wheel: venv  ## the wheel, in build/wheel
 	@rm -rf build/lib build/bdist* build/wheel  # setuptools would pack modules that were deleted since
@@ -47,7 +61,7 @@ $(TINY)/.stamp: .venv/.stamp tests/tiny_model.py tests/tiny_bundle.py $(SOURCES)
 
 clean:  ## remove what was built, keep .venv and the emulated Pi
 	rm -rf build dist demo_out bench_out .pytest_cache .ruff_cache .numba_cache
-	find . -name __pycache__ -not -path './.venv/*' -not -path './.arm64/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -not -path './.arm64/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove those as well
-	rm -rf .venv .arm64 *.egg-info
+	rm -rf .venv .venv-peers .arm64 *.egg-info

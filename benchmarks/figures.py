@@ -51,19 +51,24 @@ def number(value: float) -> str:
 
 def text(figures: list[Figure]) -> str:
     """Columns for a terminal."""
-    rows = [("what", "measured", "bar", "", "baseline, same run")]
-    rows += [(f.what, f.measured, f.bar, f.verdict, f.baseline) for f in figures]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    rows.insert(1, tuple("-" * w for w in [*widths, len(rows[0][4])]))
+    rows = [["what", "measured", "bar", "", "baseline, same run"]]
+    rows += [[f.what, f.measured, f.bar, f.verdict, f.baseline] for f in figures]
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Columns for a terminal; the first row is the heading, the last column may be of any length."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    rule = ["-" * w for w in [*widths, len(rows[0][-1])]]
     return "\n".join(
-        "  ".join([*(c.ljust(w) for c, w in zip(row[:4], widths, strict=True)), row[4]]).rstrip()
-        for row in rows
+        "  ".join([*(c.ljust(w) for c, w in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip()
+        for row in [rows[0], rule, *rows[1:]]
     )
 
 
-def markdown(sections: dict[str, dict[str, Any]]) -> str:
-    """One table per section; `sections` as main_job.json holds them."""
-    lines = ["# The main job, measured", ""]
+def markdown(sections: dict[str, dict[str, Any]], title: str = "The main job, measured") -> str:
+    """One table per section, and those in its details; `sections` as main_job.json holds them."""
+    lines = [f"# {title}", ""]
     for name, section in sections.items():
         env = section["environment"]
         versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items() if v)
@@ -84,6 +89,15 @@ def markdown(sections: dict[str, dict[str, Any]]) -> str:
             lines.append(
                 "| " + " | ".join([*cells, f"`{f['command']}`" * bool(f["command"])]) + " |"
             )
+        for caption, rows in section["details"].get("tables", {}).items():
+            lines += [
+                "",
+                caption,
+                "",
+                "| " + " | ".join(rows[0]) + " |",
+                "|---" * len(rows[0]) + "|",
+            ]
+            lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
         lines.append("")
     return "\n".join(lines)
 

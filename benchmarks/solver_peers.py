@@ -7,32 +7,14 @@ The conversions of `lam` and the peers' traps: design note, convex.md sections 1
 
 from __future__ import annotations
 
-import time
 import warnings
-from dataclasses import dataclass, field
 
 import numpy as np
+from solver_clock import Skip
+from solver_problems import lam_max
 
-
-@dataclass(slots=True)
-class Clock:
-    """Adds up wall and CPU seconds of its `with` blocks."""
-
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-    _began: tuple = field(default=())
-
-    def __enter__(self) -> Clock:
-        self._began = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.wall_s += time.perf_counter() - self._began[0]
-        self.cpu_s += time.process_time() - self._began[1]
-
-
-class Skip(Exception):
-    """Why a peer can't solve a problem."""
+TOO_LARGE = 5e6
+"""Entries of a design beyond which an interior point is not tried."""
 
 
 def adelie(problem, level, clock, path=1):
@@ -73,8 +55,6 @@ def adelie_path(problem, level, clock):
 
 def ratio_of(problem) -> float:
     """lam_max / lam."""
-    from solver_problems import lam_max
-
     return lam_max(problem.X, problem.Y, problem.D, problem.by_output) / problem.lam
 
 
@@ -124,8 +104,8 @@ def pyscnn(problem, level, clock):
     from scnn.regularizers import NeuronGL1
     from scnn.solvers import RFISTA
 
-    m, _, c = problem.shape
     _only_one_output(problem)
+    c = problem.shape[2]
     model = ConvexGatedReLU(problem.G.copy(), c=c, bias=False)
     X, Y = np.ascontiguousarray(problem.X), np.ascontiguousarray(problem.Y)
     options = {"return_convex": True, "unitize_data": False, "dtype": "float64", "device": "cpu"}
@@ -154,6 +134,8 @@ def clarabel(problem, level, clock):
     m, d, c = problem.shape
     if problem.by_output:
         raise Skip("run on the joint penalty only")
+    if len(problem.X) * m * d > TOO_LARGE:
+        raise Skip(f"over {TOO_LARGE:.0e} entries of the design (33 s on digits, 0.1 lam_max)")
     U = cp.Variable((m * d, c))
     fit = cp.sum_squares(materialised(problem) @ U - problem.Y) / (2 * len(problem.X))
     norms = [cp.norm(U[i * d : (i + 1) * d], "fro") for i in range(m)]
@@ -165,16 +147,6 @@ def clarabel(problem, level, clock):
         raw = chain.solve_via_data(program, data, solver_opts=options)
     program.unpack_results(raw, chain, inverse)
     return U.value.reshape(m, d, c)
-
-
-PEERS = {
-    "adelie": adelie,
-    "adelie path": adelie_path,
-    "celer": celer,
-    "skglm": skglm,
-    "pyscnn": pyscnn,
-    "clarabel": clarabel,
-}
 
 
 def materialised(problem) -> np.ndarray:

@@ -54,9 +54,17 @@ class Problem:
         return cls(**{**found, **scalars})
 
 
-def problem(name: str, ratio: float, cache: Path, *, outputs: int = 1, by_output: bool = False):
+def problem(
+    name: str,
+    ratio: float,
+    cache: Path,
+    *,
+    outputs: int = 1,
+    by_output: bool = False,
+    shrink: int = 1,
+) -> Problem:
     """`name` is a key of SIZES; lam = ratio x the smallest one at which U = 0 is optimal."""
-    n, m = SIZES[name]
+    n, m = (size // shrink for size in SIZES[name])
     X, Y = {"digits": _digits, "tiny": _tiny}.get(name, lambda: _resnet(name, cache))()
     X, Y = standardised(X[:n]), np.asarray(Y[:n, :outputs], np.float64)
     Y = Y - Y.mean(axis=0)

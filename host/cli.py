@@ -44,7 +44,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mean", type=_floats, help="comma-separated, after scaling")
     p.add_argument("--std", type=_floats)
     p.add_argument("--classes", help="comma-separated names, or a file with one a line")
-    p.add_argument("--gates", choices=("auto", "teacher", "seeded"), default="auto")
+    p.add_argument(
+        "--gates",
+        choices=("auto", "teacher", "seeded", "seeded3"),
+        default="auto",
+        help="filters of the removed block, or ±1 from the seed, 1×1 or 3×3; default: the removed block's, if any",
+    )
     p.add_argument(
         "--n-gates", type=int, help="filters; default: the largest of a ladder that saves"
     )
@@ -161,6 +166,12 @@ def _recipe(path: str, p: argparse.ArgumentParser) -> dict:
         raise UsageError(
             f"{path}: unknown {', '.join(unknown)}; known are the options of edgesolve build."
         )
+    for action in p._actions:  # argparse checks no default
+        if action.choices and found.get(action.dest, action.default) not in action.choices:
+            raise UsageError(
+                f"{path}: {action.dest} = {found[action.dest]!r}, expected one of "
+                f"{', '.join(map(str, action.choices))}."
+            )
     for key in ("mean", "std"):
         if key in found:
             found[key] = tuple(float(v) for v in found[key])

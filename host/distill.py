@@ -26,6 +26,7 @@ SAMPLE = 1536
 class HeadOptions:
     """How the head is made. Without n_gates or rank: the largest of gates.LADDER that saves.
 
+    `gates`: a kind of `gates.design_rows`: auto, teacher, seeded or seeded3.
     `lam` is relative to lam_max and only read for the group penalty.
     """
 

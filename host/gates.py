@@ -15,7 +15,10 @@ from edgesolve.kernels.gates import seeded_gates
 
 OFFSETS = {1: (0.0,), 2: (-0.5, 0.5), 3: (-1.0, 0.0, 1.0)}
 """Where a filter's ramps stand, in standard deviations of its pre-activation; measured in rows.py."""
+KINDS = ("auto", "teacher", "seeded", "seeded3")
 _RIDGE = 1e-2
+OVERSAMPLED = 4
+"""Seeded gates per gate that is kept: the others are drawn only to choose from."""
 LADDER = ((64, 8), (48, 8), (32, 8), (32, 4), (16, 4), (8, 4), (8, 2))
 """Head sizes (filters, directions per gate) that are tried, largest first."""
 
@@ -43,20 +46,53 @@ def design_rows(
 ) -> tuple[Rows, str]:
     """The row vector for a sample of activations z (n, d, h, w) and the network's logits (n, c).
 
-    kind: "teacher" takes the filters of the convolution that reads the cut, "seeded" a bank of ±1 vectors,
-    "auto" the teacher's where there are some. Returns the module and the bank's source.
+    kind: "teacher" takes the filters of the convolution that reads the cut, "seeded" and "seeded3" a bank of
+    ±1 vectors of 1×1 and 3×3 support, "auto" the teacher's where there are some and else "seeded". Of a bank
+    of more than n_gates the greedy choice is kept. Returns the module and the bank's source.
     """
     z = z if z.ndim == 4 else z[:, :, None, None]
-    mean, scale = _standardisation(z)
-    bank = _bank(network, cut, z, mean, scale, kind, n_gates, seed)
-    gates = _normalised(bank, z)
-    pool = grid_pool(*z.shape[2:], _cells(z.shape[1:]))
-    rank = min(rank, z.shape[1])
-    project = _projection(gates[:n_gates], z, logits, mean, scale, rank)
-    if len(gates) > n_gates:
-        rows = _assemble(gates, project, mean, scale, pool, OFFSETS[1])
-        gates = gates[_greedy(rows, z, logits, n_gates)]
-    return _assemble(gates, project, mean, scale, pool, OFFSETS[ramps]), bank.source
+    bank = gate_bank(network, cut, z, kind, OVERSAMPLED * n_gates, seed)
+    make = RowMaker.of(z, logits, bank, n_gates, rank)
+    order = range(len(make.gates))
+    if len(order) > n_gates:
+        order = sorted(greedy_order(make.rows(order, 1), z, logits, n_gates))
+    return make.rows(order, ramps), bank.source
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowMaker:
+    """A normalised bank, and what all rows behind some of its gates have in common."""
+
+    gates: _Gates
+    project: Tensor
+    mean: Tensor
+    scale: Tensor
+    pool: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, logits: Tensor, bank: Bank, n_gates: int, rank: int) -> RowMaker:
+        """From a sample z (n, d, h, w); the directions are those that the first `n_gates` gates use."""
+        mean, scale = _standardisation(z)
+        gates = _normalised(bank, z)
+        rank = min(rank, z.shape[1])
+        project = _projection(gates[:n_gates], z, logits, mean, scale, rank)
+        pool = grid_pool(*z.shape[2:], _cells(z.shape[1:]))
+        return cls(gates, project, mean, scale, pool)
+
+    def rows(self, pick, ramps: int) -> Rows:
+        """The row vector behind the gates `pick`, in that order."""
+        gates = self.gates[list(pick)]
+        m, s = self.mean, self.scale
+        return Rows(
+            gates.weight,
+            gates.bias,
+            self.project,
+            self.project @ m,
+            m,
+            s,
+            self.pool,
+            OFFSETS[ramps],
+        )
 
 
 def _cells(shape: tuple[int, ...]) -> int:
@@ -71,10 +107,11 @@ def affordable(
     behind the cut, or None: then replacing it wins nothing."""
     shape = cut.shape if len(cut.shape) == 3 else (*cut.shape, 1, 1)
     d, p = shape[0], shape[1] * shape[2]
-    teacher = teacher_filters(network, cut.node) if kind != "seeded" else None
-    area = 1 if teacher is None else teacher.weight.shape[2] ** 2
+    teacher = teacher_filters(network, cut.node) if kind in ("auto", "teacher") else None
+    side = _seeded_side(kind, shape) if teacher is None else teacher.weight.shape[2]
+    area = side * side
     for m, r in LADDER:
-        r = min(r, d)
+        m, r = m if teacher is None else min(m, len(teacher.weight)), min(r, d)
         length = ramps * m * (r + 1) + _cells(shape) ** 2 * d
         params = m * (d * area + 1) + r * (d + 1) + 2 * d + (length + 1) * classes
         macs = p * (m * d * area + r * d + ramps * m * (r + 1) + d) + length * classes
@@ -88,7 +125,13 @@ def _standardisation(z: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.clamp(scale, min=1e-3 * float(scale.max()) + 1e-12)
 
 
-def _bank(network, cut, z, mean, scale, kind, n_gates, seed) -> Bank:
+def gate_bank(network: Network, cut: str, z: Tensor, kind: str, n_seeded: int, seed: int) -> Bank:
+    """Candidate gates of a `kind` of `design_rows`; z (n, d, h, w). n_seeded: size of a bank from a seed.
+
+    ValueError: another kind. ModelError: "teacher", and no convolution reads the cut.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"gates must be auto, teacher, seeded or seeded3, got {kind!r}.")
     teacher = teacher_filters(network, cut) if kind in ("auto", "teacher") else None
     if teacher is not None:
         return teacher
@@ -98,11 +141,19 @@ def _bank(network, cut, z, mean, scale, kind, n_gates, seed) -> Bank:
         raise ModelError(
             f"no plain 1×1 or 3×3 convolution reads the cut {cut}; use --gates seeded."
         )
-    d = z.shape[1]
-    signs = torch.from_numpy(seeded_gates(d, 4 * n_gates, seed))
-    weight = signs / scale
-    spread = torch.from_numpy(np.random.default_rng(seed).normal(size=len(weight))).float()
-    return Bank(weight[:, :, None, None], 0.3 * d**0.5 * spread - weight @ mean, "seeded")
+    mean, scale = _standardisation(z)
+    d, side = z.shape[1], _seeded_side(kind, z.shape[1:])
+    inputs = d * side * side
+    signs = torch.from_numpy(seeded_gates(inputs, n_seeded, seed))
+    weight = signs.view(-1, d, side, side) / scale[:, None, None]
+    spread = torch.from_numpy(np.random.default_rng(seed).normal(size=n_seeded)).float()
+    bias = 0.3 * inputs**0.5 * spread - weight.sum((2, 3)) @ mean
+    return Bank(weight, bias, kind if side > 1 else "seeded")
+
+
+def _seeded_side(kind: str, shape: tuple[int, ...]) -> int:
+    """Of z of `shape` (d, h, w); where there is one position, a 3×3 gate sees no more than a 1×1 one."""
+    return 3 if kind == "seeded3" and max(shape[1:]) > 1 else 1
 
 
 def teacher_filters(network: Network, cut: str) -> Bank | None:
@@ -159,10 +210,6 @@ def _normalised(bank: Bank, z: Tensor) -> _Gates:
     return _Gates(bank.weight / sd[:, None, None, None], bank.bias / sd)
 
 
-def _assemble(gates: _Gates, project, mean, scale, pool, offsets) -> Rows:
-    return Rows(gates.weight, gates.bias, project, project @ mean, mean, scale, pool, offsets)
-
-
 def _gated(gates: _Gates, z: Tensor, values: Tensor) -> Tensor:
     """(n, m, r): (1/p) sum_p D v for values (n, r, p)."""
     out = [
@@ -205,8 +252,9 @@ def _sample_ridge(A: Tensor, Y: Tensor) -> Tensor:
     return (A.T @ torch.linalg.solve(K, Y)).float()
 
 
-def _greedy(rows: Rows, z: Tensor, logits: Tensor, n_gates: int) -> list[int]:
-    """Indices of `n_gates` gates of the bank, eight at a time by the normalised adjoint ‖A_i'R‖ / ‖A_i‖."""
+def greedy_order(rows: Rows, z: Tensor, logits: Tensor, n_gates: int) -> list[int]:
+    """`n_gates` gates of the bank in the order of choice, eight at a time by the normalised adjoint
+    ‖A_i'R‖ / ‖A_i‖; rows: one ramp per gate. The first k are what a choice of k would be, k divisible by 8."""
     with torch.no_grad():
         A = torch.cat([rows(b) for b in z.split(64)])
     m, r1 = rows.gate_weight.shape[0], rows.value_weight.shape[0]
@@ -221,4 +269,4 @@ def _greedy(rows: Rows, z: Tensor, logits: Tensor, n_gates: int) -> list[int]:
         score = torch.einsum("nmr,nc->mrc", gated, R).pow(2).sum((1, 2)).sqrt() / norms
         score[chosen] = -1.0
         chosen += score.topk(min(8, n_gates - len(chosen))).indices.tolist()
-    return sorted(chosen)
+    return chosen

@@ -64,13 +64,13 @@ def solve(
     _fitting(loss, penalty)
     if penalty is not None and penalty.lam == 0.0:
         penalty = None
-    fits = [m for m in _able(loss, penalty) if peak_mib(loss, m) <= memory_mib]
+    fits = [m for m in able(loss, penalty) if peak_mib(loss, m) <= memory_mib]
     if method != "auto":
-        if method not in _able(loss, penalty):
+        if method not in able(loss, penalty):
             raise ValueError(f"{method} can't solve {_name(loss)} with {_name(penalty)}.")
         fits = [m for m in fits if m == method]
     if not fits:
-        tried = [method] if method != "auto" else _able(loss, penalty)
+        tried = [method] if method != "auto" else able(loss, penalty)
         least = min(peak_mib(loss, m) for m in tried)
         raise ValueError(
             f"{_name(loss)} of D = {loss.shape[0]} needs {least:.1f} MiB beside its data with "
@@ -79,7 +79,7 @@ def solve(
     return _in_turn(fits, loss, penalty, U0, tol, seconds)
 
 
-def _able(loss, penalty):
+def able(loss, penalty) -> list[str]:
     """The methods for such a problem, the fastest first."""
     if isinstance(loss, Softmax):
         return ["newton", "fista"] if isinstance(penalty, GroupL2) else ["fista"]

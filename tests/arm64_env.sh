@@ -1,12 +1,16 @@
 #!/bin/bash
-# Runs the device's tests from an installed wheel on an emulated Cortex-A72: arm64_env.sh WHEEL BUNDLE
+# The installed wheel on an emulated Cortex-A72.
+#   arm64_env.sh WHEEL BUNDLE     the device's tests, then instruction counts against the reference
+#   arm64_env.sh WHEEL --renew    the reference alone, written
 set -euo pipefail
 wheel=$(realpath "$1")
-export EDGESOLVE_TEST_BUNDLE=$(realpath "$2")
+if [ "$2" != --renew ]; then EDGESOLVE_TEST_BUNDLE=$(realpath "$2") && export EDGESOLVE_TEST_BUNDLE; fi
 cd "$(dirname "$0")/.."
 
 PYTHON=.venv/bin/python deploy/arm64/setup.sh .arm64/root .arm64/site
 .venv/bin/python -m pip install -q --no-deps --upgrade --target .arm64/site "$wheel"
 export NUMBA_CACHE_DIR=$PWD/.arm64/numba-cache
 deploy/arm64/python -P tests/device_only.py
+if [ "$2" = --renew ]; then exec .venv/bin/python benchmarks/instructions.py --renew; fi
 deploy/arm64/python -P -m pytest -p no:cacheprovider --durations=5 tests/kernels tests/device
+.venv/bin/python benchmarks/instructions.py

@@ -305,15 +305,22 @@ def test_a_recipe_gives_defaults_and_the_command_line_wins(tmp_path, arguments):
     from edgesolve.host.cli import _options, _recipe
 
     path = tmp_path / "r.toml"
-    path.write_text('split = "3"\nmean = [0.1, 0.2, 0.3]\nn_gates = 8\nflip = true\n')
+    path.write_text(
+        'split = "3"\nmean = [0.1, 0.2, 0.3]\nn_gates = 8\nflip = true\ngates = "seeded3"\n'
+    )
     p = parser()
     p.set_defaults(**_recipe(str(path), p))
     options = _options(p.parse_args([*arguments, "--out", "b"]), p)
     assert options.split == "4", "the command line names it"
     assert options.mean == (0.1, 0.2, 0.3)
-    assert (options.head.n_gates, options.head.flip) == (8, True)
+    assert (options.head.gates, options.head.n_gates, options.head.flip) == ("seeded3", 8, True)
     path.write_text("colour = 3\n")
     with pytest.raises(UsageError, match="unknown colour"):
+        _recipe(str(path), p)
+    path.write_text('gates = "magic"\n')
+    with pytest.raises(
+        UsageError, match=r"gates = 'magic', expected one of auto, teacher, seeded,"
+    ):
         _recipe(str(path), p)
 
 
@@ -321,9 +328,9 @@ def test_every_head_option_reaches_the_head(arguments):
     from edgesolve.host.cli import _options
 
     p = parser()
-    more = "--gates seeded --n-gates 9 --rank 3 --ramps 3 --penalty group --lam .5 --flip --seed 4"
+    more = "--gates seeded3 --n-gates 9 --rank 3 --ramps 3 --penalty group --lam .5 --flip --seed 4"
     found = _options(p.parse_args([*arguments, "--out", "b", *more.split()]), p).head
-    assert found == HeadOptions("seeded", 9, 3, 3, "group", 0.5, True, 4)
+    assert found == HeadOptions("seeded3", 9, 3, 3, "group", 0.5, True, 4)
     whole = _options(p.parse_args([*arguments, "--out", "b", "--fixed-backbone"]), p)
     assert whole.fixed_backbone and whole.backends == ("onnx",) and whole.split == "4"
 

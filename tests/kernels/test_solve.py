@@ -254,7 +254,7 @@ def test_the_peak_is_what_was_said_or_less(rng, kind, method):
     else:
         starts = loss.design.starts if kind != "moments" else np.arange(0, 241, 8)
         penalty = GroupL2(0.1 * lam_max(loss, GroupL2(1.0, starts)), starts)
-    if method not in module._able(loss, penalty):
+    if method not in module.able(loss, penalty):
         pytest.skip("not for moments")
     solve(losses(rng)["rows"], GroupL2(0.1, EVEN))  # imports and caches
     tracemalloc.start()
