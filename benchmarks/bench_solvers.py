@@ -18,8 +18,12 @@ import json
 import time
 from pathlib import Path
 
+import solver_accuracy
+import solver_gates
 import solver_plot
 import solver_rows
+import solver_sizes
+import solver_warm
 from environment import ROOT, environment, say, short
 from figures import aligned, markdown, plain_rows, text
 from solver_runs import Bench
@@ -28,6 +32,10 @@ SECTIONS = {
     "tiny": solver_rows.tiny,
     "c1": solver_rows.c1,
     "c10": solver_rows.c10,
+    "warm": solver_warm.warm,
+    "sizes": solver_sizes.sizes,
+    "accuracy": solver_accuracy.run,
+    "gates": solver_gates.run,
 }
 
 

@@ -3,7 +3,7 @@
     python benchmarks/solver_accuracy.py [--quick] [--seeds 5] [--out bench_out]
 
 CIFAR-10, 10 to 100 labelled samples of each class, ResNet-20 frozen and without its last block (solver_fewshot.py).
-Progress on stderr, tables on stdout, OUT/solver_accuracy.json and two PNGs. A missed bar is printed as MISSED.
+Progress on stderr, tables on stdout, OUT/solver_accuracy.json and .png. A missed bar is printed as MISSED.
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ def _plot(table, curves, out: Path) -> None:
         left.errorbar(at, values.mean(1), values.std(1, ddof=1), capsize=2, label=NAMES[name])
     left.set(xscale="log", xticks=ks, xlabel="labelled samples of each class", ylabel="accuracy, %")
     left.set_xticklabels(ks)
+    left.minorticks_off()
     left.legend(fontsize=8)
     for name, points in curves.items():
         seconds, error = np.array(points).T

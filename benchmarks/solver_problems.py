@@ -111,11 +111,16 @@ def _digits():
 
 
 def _resnet(name: str, cache: Path):
+    with np.load(activations(cache)) as archive:
+        return archive[f"{name}_x"], archive[f"{name}_y"]
+
+
+def activations(cache: Path) -> Path:
+    """`cache`, made if it isn't there."""
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.savez(cache, **_activations())
-    with np.load(cache) as archive:
-        return archive[f"{name}_x"], archive[f"{name}_y"]
+    return cache
 
 
 def _activations() -> dict[str, np.ndarray]:
@@ -124,7 +129,7 @@ def _activations() -> dict[str, np.ndarray]:
 
     test = real_data.cifar_test()
     pick = np.concatenate([np.flatnonzero(test.y == k)[:20] for k in range(10)])
-    z, logits = _last_block(real_data.cifar_train()[: SIZES["features"][0]])
+    z, logits = _last_block(real_data.cifar_train())
     few, _ = _last_block(test.x[pick])
     return {
         "features_x": _averaged(z, 1, 2),

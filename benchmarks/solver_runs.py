@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from environment import ONE_THREAD, ROOT, say
-from solver_problems import problem
+from solver_problems import activations, problem
 from solvers import OURS, SOLVERS
 
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"
@@ -41,6 +41,10 @@ class Bench:
     reuse: bool
     repeats: int
     cap_s: float
+
+    def features(self) -> Path:
+        """The file of ResNet-20 activations that problems are cut from; made if it isn't there."""
+        return activations(self.out / "solver_features.npz")
 
     def problem(self, name: str, ratio: float, **more) -> Path:
         """The file that holds a problem."""

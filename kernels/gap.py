@@ -71,7 +71,7 @@ def gap_of_residual(loss, penalty, U: np.ndarray, residual) -> float:
 
 def relative(loss, gap: float, objective: float) -> float:
     """What `relative_gap` makes of a gap and an objective."""
-    if gap == 0.0:
+    if gap <= 0.0:  # below zero by rounding
         return 0.0
     rounding = np.finfo(np.float64).eps * float(np.sum(np.square(loss.mean_t)))
     at_zero = loss.value(np.zeros(loss.shape))
