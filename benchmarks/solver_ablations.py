@@ -168,13 +168,12 @@ def _gates(draw, k, keep, quick):
     G = pairs[0] - pairs[1]
     G *= d**0.5 / np.linalg.norm(G, axis=1, keepdims=True)
     judge(f"gates: {GATES} differences of two positions", patterns(z, G, bank(d, GATES, 0)[1]))
-    filters = _filter_patterns(draw)
     for m in (16, GATES):
         judge(
             f"gates: {m} greedy of {wide.shape[2]} seeded",
             wide[:, :, _greedy(wide[:n], z[:n], Y, m)],
         )
-        judge(f"gates: {m} filters of the removed block", filters[:, :, :m])
+        judge(f"gates: {m} filters of the removed block", draw.filters[:, :, :m])
 
 
 def _greedy(D, z, Y, m):
@@ -190,23 +189,6 @@ def _greedy(D, z, Y, m):
         score[chosen] = -1.0
         chosen += list(np.argsort(-score)[: min(8, m - len(chosen))])
     return sorted(chosen)
-
-
-def _filter_patterns(draw):
-    f = draw.features
-    side = int(draw.z.shape[1] ** 0.5)
-    out = []
-    with torch.no_grad():
-        for part in np.array_split(draw.z, len(draw.z) // 250):
-            raw = (part * f.scale + f.mean).transpose(0, 2, 1).reshape(len(part), -1, side, side)
-            s = torch.nn.functional.conv2d(
-                torch.from_numpy(np.ascontiguousarray(raw)),
-                torch.from_numpy(f.filters),
-                torch.from_numpy(f.bias),
-                padding=1,
-            )
-            out.append((s >= 0).flatten(2).transpose(1, 2).numpy())
-    return np.concatenate(out)
 
 
 def _learned(draw, k, keep, epochs):

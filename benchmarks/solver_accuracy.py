@@ -41,6 +41,7 @@ NAMES = {
     "linear": "linear probe, ridge",
     "features": "random ReLU features, ridge",
     "ridge": "gated, ridge (ours)",
+    "filters": "gated by 16 of the removed block's filters, ridge",
     "group": "gated, joint group-l2 + ridge",
     "softmax": "gated, softmax + ridge",
     "polish": "gated, one-vs-all + polish",
@@ -99,6 +100,7 @@ def _methods(draw: Draw, k: int, hidden: int, settings):
         ("linear", draw.linear),
         ("features", draw.random_features),
         ("ridge", draw.gated),
+        ("filters", draw.filtered),
     ):
         began = time.process_time()
         U, b, ridges[name] = ridge_by_loo(rows[:n], Y)
@@ -171,7 +173,16 @@ def _plot(table, curves, out: Path) -> None:
 
     _, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
     ks = list(table)
-    shown = ("linear", "features", "ridge", "group", "polish", "adam_chosen", "vector_chosen")
+    shown = (
+        "linear",
+        "features",
+        "ridge",
+        "filters",
+        "group",
+        "polish",
+        "adam_chosen",
+        "vector_chosen",
+    )
     for i, name in enumerate(shown):
         values = np.array([table[k][name]["accuracy"] for k in ks])
         at = np.array(ks) * 1.015 ** (i - 3)

@@ -91,6 +91,25 @@ class Draw:
         return gated_rows(self.z, patterns(self.z, *self.gates))
 
     @cached_property
+    def filters(self) -> np.ndarray:
+        """Gates (n, p, 64) of the removed block: where its first convolution, normalised, would be open."""
+        import torch
+
+        f, side, out = self.features, int(self.z.shape[1] ** 0.5), []
+        filters, bias = torch.from_numpy(f.filters), torch.from_numpy(f.bias)
+        for z in np.array_split(self.z, len(self.z) // 250):
+            raw = (z * f.scale + f.mean).transpose(0, 2, 1).reshape(len(z), -1, side, side)
+            raw = torch.from_numpy(np.ascontiguousarray(raw))
+            s = torch.nn.functional.conv2d(raw, filters, bias, padding=1)
+            out.append((s >= 0).flatten(2).transpose(1, 2).numpy())
+        return np.concatenate(out)
+
+    @cached_property
+    def filtered(self) -> np.ndarray:
+        """Rows of the block's first 16 filters: with their 577 numbers each, half the size of `gated`'s head."""
+        return gated_rows(self.z, self.filters[:, :, :16])
+
+    @cached_property
     def linear(self) -> np.ndarray:
         return self.z.mean(axis=1)
 
