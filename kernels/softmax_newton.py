@@ -16,6 +16,9 @@ from edgesolve.kernels.solution import Solution, Status
 SHORTEST = 1e-4
 """A step below this share of the full one ends the solve: rounding decides there."""
 
+ROUNDING = 1e-13
+"""Objectives that differ by less, relatively, are equal."""
+
 
 def softmax_newton(
     loss: Softmax,
@@ -57,7 +60,7 @@ def softmax_newton(
             n_iter += 1
             step = _Model.of(loss, U)
             step = newton(step, penalty, U, tol=0.0, max_iter=1, seconds=left).weights - U
-            moved = _descend(loss, penalty, U, step, objective)
+            moved = _descend(loss, penalty, U, step, objective, gap)
             if moved is None:
                 status = Status.ILL_CONDITIONED
             else:
@@ -77,12 +80,16 @@ def softmax_newton(
     )
 
 
-def _descend(loss, penalty, U, step, objective):
-    """U + a step of a smaller objective, a = 1, 1/2, ...; None where there is none."""
+def _descend(loss, penalty, U, step, objective, gap):
+    """U + a step, a = 1, 1/2, ..., of a smaller objective, or of half the gap where rounding hides which
+    is smaller; None where there is none."""
     a = 1.0
     while a > SHORTEST:
         tried = U + a * step
-        if loss.value(tried) + penalty.value(tried) < objective:
+        rise = loss.value(tried) + penalty.value(tried) - objective
+        if rise < 0.0:
+            return tried
+        if rise <= ROUNDING * objective and loss.duality_gap(penalty, tried)[0] < 0.5 * gap:
             return tried
         a *= 0.5
     return None

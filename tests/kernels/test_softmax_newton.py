@@ -35,10 +35,10 @@ def problem(rng, c, *, intercept=True, ridge=0.0, lam=0.1, explicit=False):
 )
 def test_it_finds_the_optimum_of_fista(rng, accepts_only, c, more):
     loss, penalty = problem(rng, c, **more)
-    found = softmax_newton(loss, penalty, tol=1e-9)
+    found = softmax_newton(loss, penalty, tol=1e-8)
     slow = fista(loss, penalty, tol=1e-9, max_iter=5000)
-    assert found.status is Status.CONVERGED and found.relative_gap <= 1e-9
-    assert found.objective <= slow.objective * (1 + 1e-9)
+    assert found.status is Status.CONVERGED and found.relative_gap <= 1e-8
+    assert found.objective <= slow.objective * (1 + 1e-8)
     accepts_only(lambda U: assert_allclose(U, slow.weights, atol=2e-4), found.weights)
     assert_allclose(found.intercept, slow.intercept, atol=1e-3)
 
