@@ -74,6 +74,7 @@ class Point:
 
 
 def run(options: Options) -> tuple[list[Figure], dict[str, Any]]:
+    torch.set_num_threads(1)
     names = ("resnet20",) if options.quick else tuple(TITLES)
     n_train, n_test = (1500, 1000) if options.quick else (12000, 10000)
     figures, tables, kept = [], {}, []
@@ -87,6 +88,7 @@ def run(options: Options) -> tuple[list[Figure], dict[str, Any]]:
         for cost, unit in (("n_bytes", "kB"), ("macs", "k MACs")):
             tables[f"{title}: accuracy / agreement at equal {unit}"] = _equal(points, cost, unit)
         figures += _figures(TITLES[name], points)
+    draw(kept, options.out / "gates.png")
     return figures, {"tables": tables, "points": [asdict(p) for p in kept]}
 
 
@@ -285,7 +287,6 @@ def main() -> None:
     p.add_argument("--quick", action="store_true")
     p.add_argument("--out", type=Path, default=ROOT / "bench_out")
     args = p.parse_args()
-    torch.set_num_threads(1)
     options = Options(
         args.out.resolve() / "quick" if args.quick else args.out.resolve(), args.quick
     )
@@ -301,7 +302,6 @@ def main() -> None:
     record = options.out / "gates.json"
     record.write_text(json.dumps(sections, indent=1, default=float) + "\n")
     record.with_suffix(".md").write_text(markdown(sections, "Gates, side by side"))
-    draw([Point(**p) for p in details["points"]], record.with_suffix(".png"))
     print(
         f"\n{short(record)}, {short(record.with_suffix('.md'))}, {short(record.with_suffix('.png'))}"
     )

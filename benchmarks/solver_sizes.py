@@ -65,6 +65,7 @@ def sizes(bench) -> tuple[list[Figure], dict[str, Any]]:
         ),
         at_most("largest certified gap", max(f["gap"] for f in found), 1e-6),
     ]
+    draw(found, bench.out / "solver_sizes.png")
     return figures, {"tables": {"sizes, c = 10, 0.05 lam_max": [header, *rows]}, "sizes": found}
 
 
