@@ -26,7 +26,7 @@ def peak_mib(loss, method: str) -> float:
         # The power iteration takes four columns at a time.
         "fista": 12 * D * max(c, 4) + _tiles(loss, max(c, 4)),
         "newton": 24 * D * c + _tiles(loss, c) + 0.5 * data + n * m / 4 + _surrogate(loss),
-        "variational": 7 * n * n + 4 * n * m * c + 3 * m * m + 3 * D * c + _written_out(loss),
+        "variational": 7 * n * n + 4 * n * m * c + 3 * m * m + 7 * D * c + _written_out(loss),
         "ridge": 4 * n * n + 3 * D * c + _tiles(loss, c) + _written_out(loss),
     }[method]
     if hasattr(loss, "T"):
