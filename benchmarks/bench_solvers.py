@@ -14,7 +14,6 @@ OUT/solvers.json, .md and .png. A missed bar is printed as MISSED and does not c
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import solver_rows
 import solver_sizes
 import solver_warm
 from environment import ROOT, environment, say, short
-from figures import aligned, markdown, plain_rows, text
+from figures import aligned, keep, plain_rows, text
 from solver_runs import Bench
 
 SECTIONS = {
@@ -54,20 +53,11 @@ def main() -> None:
             print(f"\n{caption}\n{aligned(rows)}", flush=True)
         bars += [f.met for f in figures if f.met is not None]
         section = {"environment": env, "seconds": seconds, "quick": bench.quick or bench.reuse}
-        _keep(record, name, {**section, "figures": plain_rows(figures), "details": details})
+        section |= {"figures": plain_rows(figures), "details": details}
+        sections = keep(record, SECTIONS, name, section, "Convex solvers, side by side")
+        solver_plot.draw(sections, record.with_suffix(".png"))
     page = record.with_suffix(".md")
     print(f"\n{sum(bars)} of {len(bars)} bars met; {short(record)}, {short(page)}")
-
-
-def _keep(record: Path, name: str, section: dict) -> None:
-    """Put one section into the JSON, the page and the plot; sections of earlier runs stay."""
-    sections = json.loads(record.read_text()) if record.is_file() else {}
-    sections[name] = section
-    sections = {key: sections[key] for key in SECTIONS if key in sections}
-    record.write_text(json.dumps(sections, indent=1, default=float) + "\n")
-    page = markdown(sections, "Convex solvers, side by side")
-    record.with_suffix(".md").write_text(page)
-    solver_plot.draw(sections, record.with_suffix(".png"))
 
 
 def _arguments() -> argparse.Namespace:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -66,7 +69,7 @@ def aligned(rows: list[list[str]]) -> str:
     )
 
 
-def markdown(sections: dict[str, dict[str, Any]], title: str = "The main job, measured") -> str:
+def markdown(sections: dict[str, dict[str, Any]], title: str) -> str:
     """One table per section, and those in its details; `sections` as main_job.json holds them."""
     lines = [f"# {title}", ""]
     for name, section in sections.items():
@@ -100,6 +103,19 @@ def markdown(sections: dict[str, dict[str, Any]], title: str = "The main job, me
             lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
         lines.append("")
     return "\n".join(lines)
+
+
+def keep(
+    record: Path, order: Iterable[str], name: str, section: dict[str, Any], title: str
+) -> dict[str, Any]:
+    """Put one section into `record` and the Markdown beside it; sections of earlier runs stay, with their
+    environment, in `order`. Returns all of them."""
+    sections = json.loads(record.read_text()) if record.is_file() else {}
+    sections[name] = section
+    sections = {key: sections[key] for key in order if key in sections}
+    record.write_text(json.dumps(sections, indent=1, default=float) + "\n")
+    record.with_suffix(".md").write_text(markdown(sections, title))
+    return sections
 
 
 def plain_rows(figures: list[Figure]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ OUT/quick). A missed bar is printed as MISSED and does not change the exit code.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import main_device
 import main_parity
 import main_shift
 from environment import ROOT, environment, say, short
-from figures import markdown, plain_rows, text
+from figures import keep, plain_rows, text
 from job import Job
 
 SECTIONS = {
@@ -47,18 +46,10 @@ def main() -> None:
         print(f"\n{name} ({seconds:.0f} s, commit {env['commit']})\n{text(figures)}", flush=True)
         bars += [f.met for f in figures if f.met is not None]
         section = {"environment": env, "seconds": seconds, "quick": job.quick}
-        _keep(record, name, {**section, "figures": plain_rows(figures), "details": details})
+        section |= {"figures": plain_rows(figures), "details": details}
+        keep(record, SECTIONS, name, section, "The main job, measured")
     page = record.with_suffix(".md")
     print(f"\n{sum(bars)} of {len(bars)} bars met; {short(record)}, {short(page)}")
-
-
-def _keep(record: Path, name: str, section: dict) -> None:
-    """Put one section into the JSON and the Markdown; sections of earlier runs stay, with their environment."""
-    sections = json.loads(record.read_text()) if record.is_file() else {}
-    sections[name] = section
-    sections = {key: sections[key] for key in SECTIONS if key in sections}
-    record.write_text(json.dumps(sections, indent=1, default=float) + "\n")
-    record.with_suffix(".md").write_text(markdown(sections))
 
 
 def _arguments() -> argparse.Namespace:

@@ -13,7 +13,6 @@ stderr, everything to OUT/gates.json, .md and .png (--quick: to OUT/quick).
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from environment import ROOT, environment, say, short
-from figures import Figure, aligned, markdown, plain, plain_rows, text
+from figures import Figure, aligned, keep, plain, plain_rows, text
 from gate_banks import DATA_DRIVEN, OWN, POOL, SEEDED, Gates, group_order
 from gate_data import Place, place
 from gate_heads import RAMPS, judge
@@ -298,10 +297,9 @@ def main() -> None:
     for caption, rows in details["tables"].items():
         print(f"\n{caption}\n{aligned(rows)}")
     section = {"environment": env, "seconds": seconds, "quick": args.quick}
-    sections = {"gates": {**section, "figures": plain_rows(figures), "details": details}}
+    section |= {"figures": plain_rows(figures), "details": details}
     record = options.out / "gates.json"
-    record.write_text(json.dumps(sections, indent=1, default=float) + "\n")
-    record.with_suffix(".md").write_text(markdown(sections, "Gates, side by side"))
+    keep(record, ["gates"], "gates", section, "Gates, side by side")
     print(
         f"\n{short(record)}, {short(record.with_suffix('.md'))}, {short(record.with_suffix('.png'))}"
     )

@@ -17,7 +17,7 @@ def fista(
 ) -> Solution:
     """argmin of loss(U) + penalty(U), both in the scaling of `losses.py`.
 
-    loss : `SquaredMoments` or `SquaredRows`. penalty : `GroupL2`. U0 (D, c) : warm start, not
+    loss : `SquaredMoments`, `SquaredRows` or `Softmax`. penalty : any `Penalty`. U0 (D, c) : warm start, not
     written to; default zeros. tol : on `kkt`, relative to ||grad(0)||. seconds : time budget.
     callback(n_iter, U, objective, kkt) : called at every check.
 

@@ -46,9 +46,10 @@ def newton(
     *relative duality gap*, so that CONVERGED is a proof. max_iter : rounds, each of which looks at
     all gates once. seconds : time budget. callback(n_iter, U, objective, relative_gap) : every round.
 
-    Returns the point of the smallest objective seen, with its own gap. Memory beside the loss: a
-    float32 copy of its rows or Gram matrix, 12 D c numbers and r^2 + k^2 for the surrogate.
-    ValueError: U0 of another shape than the loss's, lam = 0 (use `ridge` or `fista`), tol < 0.
+    Returns the point that met `tol`, else that of the smallest objective seen, with its own gap.
+    Memory beside the loss: `peak.peak_mib`. NaN or overflow on the way is the status NOT_FINITE.
+    ValueError: another penalty or lam = 0 (use `ridge` or `fista`), groups or U0 that don't fit the
+    loss, NaN in U0, tol < 0, seconds <= 0.
 
     Proximal Newton on an identified support: Lee, Sun, Saunders 2014; preconditioner: surrogate.py.
     """
@@ -178,11 +179,12 @@ def _proximal_steps(part, loss, U, V, steps, late):
             V_next, _, _ = loss.residual(U_next)
             move = U_next - Z
             bend = float(np.vdot(move, V_Z - V_next))
-            length = float(np.vdot(move, part.surrogate.metric(move)))
+            weighed = part.surrogate.metric(move)
+            length = float(np.vdot(move, weighed))
             if not bend > L * length * (1.0 + 1e-3):
                 break
             L = max(1.1 * bend / length, 1.1 * L)
-        if float(np.vdot(part.surrogate.metric(U_next - Z), U_next - U)) < 0:
+        if float(np.vdot(weighed, U_next - U)) < 0:
             t = 1.0
         t_next = next_momentum(t)
         beta = dtype((t - 1.0) / t_next)

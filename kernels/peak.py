@@ -30,9 +30,8 @@ def peak_mib(loss, method: str) -> float:
         "ridge": 4 * n * n + 3 * D * c + _tiles(loss, c) + _written_out(loss),
     }[method]
     if hasattr(loss, "T"):
-        numbers += (
-            12 * n * max(c, 2)
-        )  # probabilities, their logarithms, the local model in two precisions
+        # Probabilities, their logarithms, and the local model in two precisions.
+        numbers += 12 * n * max(c, 2)
     if method == "newton" and not isinstance(loss.design, Masked):
         numbers += 2 * data  # the rows of the gates at work, in two precisions
     return (8 * (numbers + 6 * n * c) + FIXED_BYTES) / 2**20

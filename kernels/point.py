@@ -47,6 +47,14 @@ class Point:
         )
 
 
+def check_start(loss, U0) -> None:
+    """ValueError, with one sentence, for a warm start that isn't None or finite and (D, c)."""
+    if U0 is not None and np.shape(U0) != loss.shape:
+        raise ValueError(f"U0 must be {loss.shape}, got {np.shape(U0)}.")
+    if U0 is not None and not np.isfinite(U0).all():
+        raise ValueError("U0 holds NaN or inf: start from None.")
+
+
 def check_problem(loss, penalty, U0, tol: float, seconds: float) -> None:
     """ValueError, with one sentence, for what `newton` and `variational` can't take."""
     lam = getattr(penalty, "lam", 0.0)
@@ -55,10 +63,7 @@ def check_problem(loss, penalty, U0, tol: float, seconds: float) -> None:
         raise ValueError(f"this solver takes `GroupL2` with lam > 0, got {name} with lam = {lam}.")
     if penalty.starts[-1] != loss.shape[0]:
         raise ValueError(f"starts must end at D = {loss.shape[0]}, got {penalty.starts[-1]}.")
-    if U0 is not None and np.shape(U0) != loss.shape:
-        raise ValueError(f"U0 must be {loss.shape}, got {np.shape(U0)}.")
-    if U0 is not None and not np.isfinite(U0).all():
-        raise ValueError("U0 holds NaN or inf: start from None.")
+    check_start(loss, U0)
     if not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}.")
     if not seconds > 0:

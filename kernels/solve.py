@@ -1,8 +1,8 @@
 """One entrance to the solvers: the fastest that fits the problem and the budgets.
 
 Chosen by measurement (`make bench-solvers`): for group-l2, `variational` where rows are few and
-weights many, else `newton`; closed forms where there is no penalty; `fista` for all other penalties,
-and where memory is too small for the others.
+weights many, else `newton` (`softmax_newton` for `Softmax`); closed forms where there is no penalty;
+`fista` for all other penalties, and where memory is too small for the others.
 """
 
 import math
@@ -16,6 +16,7 @@ from edgesolve.kernels.losses import SquaredRows
 from edgesolve.kernels.newton import newton
 from edgesolve.kernels.peak import peak_mib
 from edgesolve.kernels.penalties import GroupL2
+from edgesolve.kernels.point import check_start
 from edgesolve.kernels.ridge import ridge_of_loss
 from edgesolve.kernels.sample_space import ridge_rows
 from edgesolve.kernels.softmax import Softmax
@@ -60,7 +61,8 @@ def solve(
         raise ValueError(f"budgets must be positive, got {seconds} s and {memory_mib} MiB.")
     if method not in ("auto", *METHODS):
         raise ValueError(f"method must be auto or one of {', '.join(METHODS)}, got {method!r}.")
-    _finite(loss, U0)
+    check_start(loss, U0)
+    _finite(loss)
     _fitting(loss, penalty)
     if penalty is not None and penalty.lam == 0.0:
         penalty = None
@@ -153,11 +155,7 @@ def _fista(loss, penalty, U0, tol, seconds):
         U0, goal = found.weights, goal * 0.1
 
 
-def _finite(loss, U0):
-    if U0 is not None and np.shape(U0) != loss.shape:
-        raise ValueError(f"U0 must be {loss.shape}, got {np.shape(U0)}.")
-    if U0 is not None and not np.isfinite(U0).all():
-        raise ValueError("U0 holds NaN or inf: start from None.")
+def _finite(loss):
     arrays = [getattr(loss, name) for name in ("Y", "T", "Q", "q", "y2") if hasattr(loss, name)]
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError(

@@ -15,6 +15,7 @@ from edgesolve.kernels import accel
 from edgesolve.kernels.designs import TILE_FLOATS
 
 SECULAR_STEPS = 60
+"""Most steps to a root; convex.md saw at most 11 over 2,000 random blocks."""
 
 RESOLVED = 3e-5
 """Share of T that the preconditioner leaves along u, where M itself may have no curvature."""

@@ -12,8 +12,10 @@ PYTHON=.venv/bin/python deploy/arm64/setup.sh .arm64/root .arm64/site
 export NUMBA_CACHE_DIR=$PWD/.arm64/numba-cache
 deploy/arm64/python -P tests/device_only.py
 if [ "$2" = --renew ]; then exec .venv/bin/python benchmarks/instructions.py --renew; fi
-# Of the kernels what depends on the chip; their laws hold anywhere, and the counts below run every solver.
-chip=$(printf 'tests/kernels/test_%s.py ' accel warm gates gated designs moments prox ridge drift online)
+# Of the kernels what depends on the chip or took part from the start; cones, softmax and the rest are NumPy
+# alone and minutes long here. The counts below run the solvers once more.
+chip=$(printf 'tests/kernels/test_%s.py ' accel warm gates gated designs moments prox ridge drift online \
+  fista gap losses penalties variational)
 # shellcheck disable=SC2086
 deploy/arm64/python -P -m pytest -p no:cacheprovider --durations=5 $chip tests/device
 .venv/bin/python benchmarks/instructions.py
