@@ -95,7 +95,7 @@ class Backbone(nn.Module):
 
 
 class Teacher(nn.Module):
-    """The original network with every normalisation's statistics open, and its rows at the cut.
+    """The original network with every normalisation's statistics open, and the backbone's rows at the cut.
 
     frames (B, h, w, c), weight (B,) summing to 1, mix (1,), mean and var (S,) ->
     logits (B, c), rows (B, D), window_mean (S,), window_var (S,).
@@ -103,26 +103,50 @@ class Teacher(nn.Module):
     Each normalisation uses m = (1 - mix) mean + mix window, and the moment-matched variance
     (1 - mix) var + mix window_var + mix (1 - mix) (window - mean)². `mix` 0 uses what is given, exactly.
     Frames of weight 0 are padding. (adaptation.md, "The pipeline that follows", 3.)
+
+    `student`: the network whose cut gives the rows, if it is another one than `network`, with no normalisation
+    behind the cut; its statistics come first. `slices`: where those of each of its normalisations are.
     """
 
-    def __init__(self, network: Network, cut: str, rows: Rows, preprocess: Preprocess):
+    def __init__(
+        self,
+        network: Network,
+        cut: str,
+        rows: Rows,
+        preprocess: Preprocess,
+        student: Network | None = None,
+    ):
         super().__init__()
         self.network, self.cut, self.rows, self.preprocess = network, cut, rows, preprocess
-        self.slices: dict[str, slice] = {}
-        start = 0
-        for norm in network.norms:
-            self.slices[norm.node] = slice(start, start + norm.channels)
-            start += norm.channels
+        self.student = student
+        self.networks = (network,) if student is None else (student, network)
+        self.slices = slices(self.networks[0])
 
     def forward(self, frames, weight, mix, mean, var):
-        means: dict[str, Tensor] = {}
-        variances: dict[str, Tensor] = {}
+        x, rows = self.preprocess(frames), None
+        means: list[Tensor] = []
+        variances: list[Tensor] = []
+        start = 0
+        for network in self.networks:
+            stop = start + n_channels(network)
+            logits, z = self._open(
+                network, x, weight, mix, mean[start:stop], var[start:stop], means, variances
+            )
+            rows = self.rows(z) if z is not None else rows
+            start = stop
+        return logits, rows, torch.cat(means), torch.cat(variances)
+
+    def _open(self, network, x, weight, mix, mean, var, means, variances):
+        """Output of `network` with its statistics open, and z at the cut if it is the one that has it."""
+        here_of = slices(network)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
         at_cut: list[Tensor] = []
+        has_cut = network is self.networks[0]
 
         def norm(site: Norm, y: Tensor) -> Tensor:
-            here = self.slices[site.node]
+            here = here_of[site.node]
             m, v = window_statistics(y, weight)
-            means[site.node], variances[site.node] = m, v
+            found[site.node] = m, v
             gap = m - mean[here]
             used_mean = mean[here] + mix * gap
             used_var = (1.0 - mix) * var[here] + mix * v + mix * (1.0 - mix) * gap * gap
@@ -130,18 +154,28 @@ class Teacher(nn.Module):
             return y * _along(scale, y) + _along(site.beta - used_mean * scale, y)
 
         def watch(node, value, args):
-            if node.name == self.cut:
+            if has_cut and node.name == self.cut:
                 at_cut.append(value)
 
-        logits = self.network.run(self.preprocess(frames), norm=norm, watch=watch)
-        order = [n.node for n in self.network.norms]
-        rows = self.rows(at_cut[0])
-        return (
-            logits,
-            rows,
-            torch.cat([means[node] for node in order]),
-            torch.cat([variances[node] for node in order]),
-        )
+        only_cut = has_cut and self.student is not None
+        output = network.run(x, until=self.cut if only_cut else None, norm=norm, watch=watch)
+        for site in network.norms:
+            means.append(found[site.node][0])
+            variances.append(found[site.node][1])
+        return output, at_cut[0] if has_cut else None
+
+
+def n_channels(network: Network) -> int:
+    return sum(norm.channels for norm in network.norms)
+
+
+def slices(network: Network) -> dict[str, slice]:
+    """Where each normalisation's channels are among those of the network, by call site."""
+    found, start = {}, 0
+    for norm in network.norms:
+        found[norm.node] = slice(start, start + norm.channels)
+        start += norm.channels
+    return found
 
 
 def window_statistics(y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +194,8 @@ def _along(v: Tensor, like: Tensor) -> Tensor:
 
 
 def with_virtual_norms(network: Network, batches: list[Tensor]) -> Network:
-    """`network` with an identity normalisation after each layer that no normalisation follows, the last excepted.
+    """`network` with an identity normalisation after each layer that no normalisation follows, the last excepted,
+    and those that only another layer reads: what they lack, it makes up for.
 
     Their statistics are measured on `batches` (preprocessed inputs (n, …)), so that a network whose
     normalisation was folded away can be adapted all the same.
@@ -171,7 +206,13 @@ def with_virtual_norms(network: Network, batches: list[Tensor]) -> Network:
         next((a.name for a in source_layer(network, n.node).all_input_nodes), "")
         for n in network.norms
     }
-    layers = [n for n in network.nodes if n.target in net._FOLDABLE and n.name not in followed]
+    layers = [
+        n
+        for n in network.nodes
+        if n.target in net._FOLDABLE
+        and n.name not in followed
+        and not all(u.target in net._FOLDABLE for u in n.users)
+    ]
     if layers and layers[-1].target is net.aten.linear.default:
         layers = layers[:-1]
     sums: dict[str, list[Tensor]] = {}

@@ -52,18 +52,22 @@ def batches(x: np.ndarray, size: int) -> Iterator[Tensor]:
 
 
 def activations(
-    network: Network, cut: str, preprocess: Preprocess, x: np.ndarray
+    network: Network,
+    cut: str,
+    preprocess: Preprocess,
+    x: np.ndarray,
+    teacher: Network | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """z (n, …) at the cut and logits (n, c) for frames x (n, h, w, c)."""
+    """z (n, …) at the cut and logits (n, c), those of `teacher` if given, for frames x (n, h, w, c)."""
     zs, outs = [], []
     with torch.no_grad():
-        for z, logits in _pairs(network, cut, preprocess, x):
+        for z, logits in _pairs(network, cut, preprocess, x, teacher):
             zs.append(z)
             outs.append(logits)
     return torch.cat(zs), torch.cat(outs)
 
 
-def _pairs(network, cut, preprocess, x) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(network, cut, preprocess, x, teacher=None) -> Iterator[tuple[Tensor, Tensor]]:
     at_cut: list[Tensor] = []
 
     def watch(node, value, args):
@@ -71,8 +75,12 @@ def _pairs(network, cut, preprocess, x) -> Iterator[tuple[Tensor, Tensor]]:
             at_cut.append(value)
 
     for frames in batches(x, batch_size(network)):
-        logits = network.run(preprocess(frames), watch=watch)
-        z = at_cut.pop()
+        inputs = preprocess(frames)
+        if teacher is None:
+            logits = network.run(inputs, watch=watch)
+            z = at_cut.pop()
+        else:
+            z, logits = network.run(inputs, until=cut), teacher.run(inputs)
         if not torch.isfinite(logits).all() or not torch.isfinite(z).all():
             raise DataError(
                 "the network's outputs hold NaN or inf on the calibration data; check --scale, --mean and --std."
@@ -89,11 +97,13 @@ def capture(
     held_out: np.ndarray,
     *,
     flip: bool = False,
+    teacher: Network | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Capture:
     """Stream every frame once (and once mirrored along its width, if `flip`) into moments.
 
-    held_out (n,) bool: frames whose moments are kept apart; never mirrored.
+    held_out (n,) bool: frames whose moments are kept apart; never mirrored. `teacher` gives the logits, if it is
+    another network.
     """
     sums: list[Moments | None] = [None, None]
     kept_rows, kept_logits = [], []
@@ -103,7 +113,7 @@ def capture(
     with torch.no_grad():
         for frames, fold, mirrored in parts:
             frames = frames[:, :, ::-1] if mirrored else frames
-            for z, logits in _pairs(network, cut, preprocess, frames):
+            for z, logits in _pairs(network, cut, preprocess, frames, teacher):
                 a = rows(z).numpy()
                 m = Moments.of(a, logits.numpy())
                 sums[fold] = m if sums[fold] is None else sums[fold] + m

@@ -71,11 +71,15 @@ def distill(
     held_out: np.ndarray,
     options: HeadOptions,
     progress: Progress = lambda done, total: None,
+    teacher: Network | None = None,
 ) -> Distilled:
-    """A convex head for `cut` from frames x (n, h, w, c); held_out (n,) bool picks the ridge and judges."""
+    """A convex head for `cut` from frames x (n, h, w, c); held_out (n,) bool picks the ridge and judges.
+
+    `teacher`: the network whose logits are learnt, if `network` is a compressed form of it.
+    """
     sample = np.flatnonzero(~held_out)
     sample = sample[:: max(1, len(sample) // SAMPLE)][:SAMPLE]
-    z, logits = activations(network, cut.node, preprocess, x[sample])
+    z, logits = activations(network, cut.node, preprocess, x[sample], teacher)
     size = affordable(network, cut, logits.shape[1], options.gates, options.ramps) or LADDER[-1]
     rows, source = design_rows(
         network,
@@ -89,7 +93,15 @@ def distill(
         seed=options.seed,
     )
     found = capture(
-        network, cut.node, rows, preprocess, x, held_out, flip=options.flip, progress=progress
+        network,
+        cut.node,
+        rows,
+        preprocess,
+        x,
+        held_out,
+        flip=options.flip,
+        teacher=teacher,
+        progress=progress,
     )
     path = ridge_path(found.fit, found.held_out, GRID)
     best = min(path, key=lambda pair: pair[1])[0]

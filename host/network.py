@@ -41,6 +41,9 @@ _REDUCTIONS = (
 _OTHER_CONVOLUTIONS = (aten.conv_transpose2d.input, aten.conv3d.default, aten.convolution.default)
 
 
+Layer = tuple[Tensor, Tensor] | Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class Norm:
     """One normalisation call site over `channels`; `layer` is the foldable call site before it, if it has one.
@@ -97,43 +100,71 @@ class Network:
         *,
         until: str | None = None,
         norm: Callable[[Norm, Tensor], Tensor] | None = None,
-        layers: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        layers: Mapping[str, Layer] | None = None,
         watch: Callable[[Node, Tensor, tuple], None] | None = None,
         constants: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The output of node `until` (of the network by default) for inputs `x` (n, …).
 
         `norm(site, y)` replaces each normalisation; `layers[node] = (weight, bias)` replaces a layer's
-        parameters; `watch(node, output, inputs)` sees every call; `constants` overrides stored tensors.
+        parameters, `layers[node] = f` the layer itself by f(its input);
+        `watch(node, output, inputs)` sees every call; `constants` overrides stored tensors.
         """
-        values: dict[str, object] = {}
+        stop = len(self.nodes) if until is None else self.index(until) + 1
+        values: dict[str, object] = {self.input: x}
+        self.advance(values, 0, stop, norm=norm, layers=layers, watch=watch, constants=constants)
+        return self.result(values) if until is None else values[until]
+
+    def advance(
+        self,
+        values: dict[str, object],
+        start: int,
+        stop: int,
+        *,
+        norm: Callable[[Norm, Tensor], Tensor] | None = None,
+        layers: Mapping[str, Layer] | None = None,
+        watch: Callable[[Node, Tensor, tuple], None] | None = None,
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Run the call sites start..stop-1 on `values`, the live outputs by name, in place.
+
+        Outputs that nothing after their last reader needs are dropped, so `values` is what a later call takes
+        on from. Options as in `run`.
+        """
         constants = self.constants if constants is None else constants
         sites = self.by_node
-        for node in self.nodes:
-            if node.op == "placeholder":
-                value = x
-            elif node.op == "get_attr":
-                value = constants[str(node.target)]
-            elif node.op == "output":
-                if until is not None:
-                    break
-                return torch.fx.node.map_arg(_single(node.args[0]), lambda n: values[n.name])
-            else:
-                value = self._call(node, values, norm, layers, sites, watch)
-            values[node.name] = value
-            if node.name == until:
-                return value
+        for node in self.nodes[start:stop]:
+            if node.op == "get_attr":
+                values[node.name] = constants[str(node.target)]
+            elif node.op == "call_function":
+                values[node.name] = self._call(node, values, norm, layers, sites, watch)
+            if node.op == "output":
+                return
             for name in self.last_use.get(node.name, ()):
                 values.pop(name, None)
-        raise ModelError(f"{until}: no such call site in the traced network.")
+
+    def result(self, values: Mapping[str, object]) -> Tensor:
+        """The network's output among `values` that were advanced to the end."""
+        last = self.nodes[-1]
+        return torch.fx.node.map_arg(_single(last.args[0]), lambda n: values[n.name])
+
+    @property
+    def input(self) -> str:
+        return next(n.name for n in self.nodes if n.op == "placeholder")
+
+    def index(self, name: str) -> int:
+        """Position of the call site `name`. Raises ModelError."""
+        for i, node in enumerate(self.nodes):
+            if node.name == name:
+                return i
+        raise ModelError(f"{name}: no such call site in the traced network.")
 
     def _call(self, node, values, norm, layers, sites, watch):
         args = torch.fx.node.map_arg(node.args, lambda n: values[n.name])
         kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n.name])
         site = sites.get(node.name)
         if layers is not None and node.name in layers:
-            weight, bias = layers[node.name]
-            value = node.target(args[0], weight, bias, *args[3:], **kwargs)
+            value = _layer(node, layers[node.name], args, kwargs)
         elif node.target in _BATCH_NORMS and site is not None and norm is not None:
             value = norm(site, args[0])
             if node.target is _BATCH_NORMS[0]:
@@ -145,6 +176,13 @@ class Network:
         if watch is not None and isinstance(value, Tensor):
             watch(node, value, args)
         return value
+
+
+def _layer(node: Node, layer: Layer, args: tuple, kwargs: dict):
+    if isinstance(layer, tuple):
+        weight, bias = layer
+        return node.target(args[0], weight, bias, *args[3:], **kwargs)
+    return layer(args[0])
 
 
 def trace(model: nn.Module | torch.export.ExportedProgram, shape: tuple[int, ...]) -> Network:
