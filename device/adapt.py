@@ -13,6 +13,7 @@ import numpy as np
 
 from edgesolve.device import budget, drift, gate
 from edgesolve.device.bundle import Bundle
+from edgesolve.device.errors import UsageError
 from edgesolve.device.runtime import Head, Runtime, factory_head, source_statistics
 from edgesolve.device.teacher import Pass, Teacher, mixed
 from edgesolve.kernels.moments import Moments, pooled
@@ -78,7 +79,7 @@ def recalibrate(
     say: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
     """Decide about frames (n, h, w, c), already checked; labels (n,) int or None, -1 = unlabelled."""
-    mode = _mode(bundle, options)
+    mode = _mode(bundle, options, current.backend)
     report: dict[str, Any] = {"mode": mode, "n_given": len(frames)}
     frames, labels, report["bad_frames"] = _usable(frames, labels)
     if len(frames) < MIN_FRAMES:
@@ -92,7 +93,7 @@ def recalibrate(
     report["n"] = n
 
     source = source_statistics(bundle)
-    reference = bundle.arrays("reference.safetensors")
+    reference = bundle.reference(current.backend)
     say(f"looking at {n} frames")
     began = clock()
     plain = teacher.run(frames, 0.0, source.mean, source.var)
@@ -124,7 +125,12 @@ def recalibrate(
     if not labelled and _few_classes(moved.logits):
         return _kept("too_few_classes", report, forward)
 
-    rows = moved.rows if mode == "backbone" else plain.rows
+    if bundle.own_rows(current.backend):
+        began = clock()
+        rows = current.rows(frames)
+        forward += clock() - began
+    else:
+        rows = moved.rows if mode == "backbone" else plain.rows
     targets, weights = _targets(moved, labels, reference)
     report["target"] = "labels" if labelled else "renormalised_teacher"
     say("re-solving the head")
@@ -156,13 +162,18 @@ def recalibrate(
     return Outcome("accepted", "gate_passed", head, statistics, report)
 
 
-def _mode(bundle: Bundle, options: Options) -> str:
+def _mode(bundle: Bundle, options: Options, backend: str | None = None) -> str:
     allowed = bundle.manifest.get("adapt", {}).get("backbone") == "adaptable"
+    if backend is not None and bundle.own_rows(backend):
+        if options.mode == "backbone":
+            raise UsageError(
+                f"--mode backbone: the statistics of {backend} are fixed, only its head can change. "
+                "Use a float --backend, or --mode auto."
+            )
+        return "head"
     if options.mode == "auto":
         return "backbone" if allowed else "head"
     if options.mode == "backbone" and not allowed:
-        from edgesolve.device.errors import UsageError
-
         raise UsageError(
             "--mode backbone: this bundle was built with --fixed-backbone; only its head can change."
         )
@@ -224,17 +235,18 @@ def _solve(bundle, current, reference, rows, targets, weights, mode, options):
     mass *= window.n / (window.n + 48.0)
     together = pooled(source, window, mass)
     spec = bundle.manifest["solve"]
+    relative = bundle.backends[current.backend].get("ridge", spec["ridge"])
     if spec["penalty"] == "ridge":
         from edgesolve.kernels.ridge import ridge
 
-        return ridge(together, spec["ridge"]), np.flatnonzero(judged)
+        return ridge(together, relative), np.flatnonzero(judged)
     from edgesolve.kernels.losses import SquaredMoments
     from edgesolve.kernels.newton import newton
     from edgesolve.kernels.penalties import GroupL2, lam_max
     from edgesolve.kernels.ridge import ridge_absolute
 
-    loss = SquaredMoments.of(together, ridge_absolute(together, spec["ridge"]))
-    starts = bundle.arrays("head.safetensors")["starts"]
+    loss = SquaredMoments.of(together, ridge_absolute(together, relative))
+    starts = bundle.arrays(bundle.file(current.backend, "head"))["starts"]
     penalty = GroupL2(spec["lam"] * lam_max(loss, GroupL2(1.0, starts)), starts)
     seconds = np.inf if options.seconds is None else 0.5 * options.seconds
     start = current.head.weights.astype(np.float64)
@@ -248,7 +260,7 @@ def _evidence(bundle, current, head, old, rows, targets, reference, solved) -> g
         old=old,
         target=targets,
         anchors_new=head(anchors),
-        anchors_old=factory_head(bundle)(anchors),
+        anchors_old=factory_head(bundle, current.backend)(anchors),
         anchors=reference["anchor_logits"],
         relative_gap=solved.relative_gap,
     )
@@ -259,7 +271,7 @@ def _unchanged(bundle: Bundle, current: Runtime, report, forward) -> Outcome:
     report["forward_seconds"] = forward
     if current.generation == 0:
         return Outcome("kept", "no_drift", report=report)
-    return Outcome("accepted", "returned", factory_head(bundle), None, report)
+    return Outcome("accepted", "returned", factory_head(bundle, current.backend), None, report)
 
 
 def _kept(reason: str, report: dict[str, Any], forward: float = 0.0) -> Outcome:

@@ -48,15 +48,16 @@ def opener(spec: dict[str, Any]) -> Callable[[], Subject]:
     from edgesolve.device.bundle import open_bundle
     from edgesolve.device.runtime import choose_backend, open_runtime
 
-    backend = choose_backend(open_bundle(path), spec["backend"])
-    _import(backend)
+    bundle = open_bundle(path)
+    backend = choose_backend(bundle, spec["backend"])
+    _import(bundle.runtime(backend))
     options = {"backend": backend, "state": spec["state"], "threads": threads}
     return lambda: _bundle_subject(open_runtime(path, **options))
 
 
-def _import(backend: str) -> None:
+def _import(runtime: str) -> None:
     with suppress(ImportError):  # opening the model says it in a sentence, or has another library
-        import_module(_LIBRARIES[backend])
+        import_module(_LIBRARIES[runtime])
 
 
 def _bundle_subject(runtime) -> Subject:

@@ -19,6 +19,12 @@ from edgesolve.device.errors import BundleError, InputError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 _REQUIRED = ("name", "input", "classes", "backends", "files", "rows", "solve", "drift")
+_SHARED = {
+    "head": "head.safetensors",
+    "reference": "reference.safetensors",
+    "parity": "parity.npz",
+}
+"""Of backends that name no file of their own: those whose rows are the float backbone's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,18 @@ class Bundle:
     def backends(self) -> dict[str, Any]:
         return self.manifest["backends"]
 
+    def runtime(self, backend: str) -> str:
+        """What opens the files of `backend`: "onnx" or "litert"."""
+        return self.backends[backend].get("runtime", backend)
+
+    def file(self, backend: str, kind: str) -> str:
+        """Name of the "head", "reference" or "parity" file that belongs to the rows of `backend`."""
+        return self.backends[backend].get(kind, _SHARED[kind])
+
+    def own_rows(self, backend: str) -> bool:
+        """Whether integer kernels make its rows: others than the teacher's, and no statistics to change."""
+        return self.backends[backend].get("precision", "float32") != "float32"
+
     def read(self, name: str) -> bytes:
         """The bytes of the file `name`, whose hash is checked. Raises BundleError naming the file."""
         return _read_checked(self.path, name, self.manifest["files"])
@@ -94,11 +112,25 @@ class Bundle:
         except Exception as error:
             raise BundleError(f"{name}: not a readable safetensors file ({error}).") from error
 
-    def parity(self) -> dict[str, np.ndarray]:
-        """`frames` (n, h, w, c), `rows` (n, D), `logits` (n, c) and `teacher_logits` (n, c), as torch computed them."""
+    def reference(self, backend: str) -> dict[str, np.ndarray]:
+        """Source moments, anchors, prototypes and the drift test's window, for the rows of `backend`."""
+        names = dict.fromkeys((_SHARED["reference"], self.file(backend, "reference")))
+        return {key: array for name in names for key, array in self.arrays(name).items()}
+
+    def parity(self, backend: str | None = None) -> dict[str, np.ndarray]:
+        """`frames` (n, h, w, c), `rows` (n, D), `logits` (n, c) and `teacher_logits` (n, c), as torch computed them.
+
+        With a `backend` that has rows of its own: its rows and logits, as its kernels computed them at build.
+        """
+        names = [_SHARED["parity"]]
+        if backend is not None and self.file(backend, "parity") not in names:
+            names.append(self.file(backend, "parity"))
+        return {key: array for name in names for key, array in self._archive(name).items()}
+
+    def _archive(self, name: str) -> dict[str, np.ndarray]:
         import io
 
-        with np.load(io.BytesIO(self.read("parity.npz")), allow_pickle=False) as archive:
+        with np.load(io.BytesIO(self.read(name)), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
 
     def check_all(self) -> list[str]:

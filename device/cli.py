@@ -16,6 +16,7 @@ EXIT_CODES = """exit codes: 0 done (any decision of recalibrate) · 1 a defect o
 3 bundle damaged or too new · 4 signature · 5 parity failed · 6 runtime or extra missing ·
 7 input outside the contract · 8 state unusable · 9 busy · 10 kept, 11 proposed (with --exit-code) ·
 12 bench invalid (--strict) · 13 regression · 14 doctor fault"""
+BACKENDS = ("onnx", "litert", "onnx-int8", "litert-int8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,7 +120,7 @@ def _running(p):
     p.add_argument(
         "--state", metavar="DIR", help="what was learnt here (default: per bundle, see status)"
     )
-    p.add_argument("--backend", choices=("auto", "onnx", "litert"), default="auto")
+    p.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     p.add_argument("--threads", type=int, default=1)
 
 
@@ -162,7 +163,7 @@ def _bench_arguments(p):
 
 def _verify_arguments(p):
     _bundle(p)
-    p.add_argument("--backend", choices=("all", "onnx", "litert"), default="all")
+    p.add_argument("--backend", choices=("all", *BACKENDS), default="all")
     p.add_argument("--threads", type=int, default=1)
 
 

@@ -76,8 +76,8 @@ class Runtime:
 
     def parity(self) -> dict[str, float]:
         """Greatest difference and top-1 agreement with the logits recorded at build (factory head)."""
-        known = self.bundle.parity()
-        head = self.head if self.generation == 0 else factory_head(self.bundle)
+        known = self.bundle.parity(self.backend)
+        head = self.head if self.generation == 0 else factory_head(self.bundle, self.backend)
         graph = self.graph if self.generation == 0 else _factory_graph(self.bundle, self.backend, 1)
         found = head(Runtime(self.bundle, self.backend, graph, head, 0, []).rows(known["frames"]))
         return {
@@ -86,8 +86,10 @@ class Runtime:
         }
 
 
-def factory_head(bundle: Bundle) -> Head:
-    return Head.from_arrays(bundle.arrays("head.safetensors"), "head.safetensors")
+def factory_head(bundle: Bundle, backend: str | None = None) -> Head:
+    """The head that shipped for the rows of `backend`; by default that of the float backbone."""
+    name = "head.safetensors" if backend is None else bundle.file(backend, "head")
+    return Head.from_arrays(bundle.arrays(name), name)
 
 
 def source_statistics(bundle: Bundle) -> Statistics:
@@ -97,7 +99,10 @@ def source_statistics(bundle: Bundle) -> Statistics:
 
 
 def choose_backend(bundle: Bundle, backend: str = "auto") -> str:
-    """`backend`, or for "auto" the first in the bundle whose runtime is installed. Raises BackendError."""
+    """`backend`, or for "auto" the first whose runtime is installed, in the bundle's order of preference.
+
+    Raises BackendError.
+    """
     if backend != "auto":
         if backend not in bundle.backends:
             raise BackendError(
@@ -107,8 +112,8 @@ def choose_backend(bundle: Bundle, backend: str = "auto") -> str:
     from importlib.util import find_spec
 
     wanted = {"onnx": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime")}
-    for name in (n for n in BACKENDS if n in bundle.backends):
-        if any(find_spec(module) for module in wanted[name]):
+    for name in bundle.manifest.get("prefer") or [n for n in BACKENDS if n in bundle.backends]:
+        if any(find_spec(module) for module in wanted[bundle.runtime(name)]):
             return name
     raise BackendError(
         "neither onnxruntime nor ai-edge-litert is installed: "
@@ -136,6 +141,7 @@ def open_runtime(
         if found is not None:
             try:
                 name = f"generation {found.number}"
+                _check_rows(bundle, found.provenance.get("backend", backend), backend, name)
                 head = Head.from_arrays(found.arrays, name)
                 expected = (bundle.manifest["rows"]["length"], len(bundle.classes))
                 if head.weights.shape != expected:
@@ -145,7 +151,16 @@ def open_runtime(
             except BundleError as error:  # whole, but wrong: the device must answer all the same
                 notes = [*notes, f"{error} In use instead: the factory head."]
     graph = _factory_graph(bundle, backend, threads)
-    return Runtime(bundle, backend, graph, factory_head(bundle), 0, notes)
+    return Runtime(bundle, backend, graph, factory_head(bundle, backend), 0, notes)
+
+
+def _check_rows(bundle: Bundle, learnt: str, backend: str, name: str) -> None:
+    """Raises BundleError where a head was learnt on other rows: int8 and float ones differ, their heads too."""
+    known = learnt in bundle.backends
+    if known and bundle.file(learnt, "head") != bundle.file(backend, "head"):
+        raise BundleError(
+            f"{name} was learnt on {learnt}, its head doesn't fit the rows of {backend}."
+        )
 
 
 def adapted_graph(
@@ -158,9 +173,9 @@ def adapted_graph(
     source = source_statistics(bundle)
     target = source.replaced(statistics["mean"], statistics["var"])
     model = patched(bundle.read(entry["backbone"]), entry["patch"], source, target)
-    return open_graph(model, backend=backend, threads=threads)
+    return open_graph(model, backend=bundle.runtime(backend), threads=threads)
 
 
 def _factory_graph(bundle: Bundle, backend: str, threads: int) -> Graph:
     model = bundle.read(bundle.backends[backend]["backbone"])
-    return open_graph(model, backend=backend, threads=threads)
+    return open_graph(model, backend=bundle.runtime(backend), threads=threads)

@@ -60,7 +60,8 @@ class Teacher:
 
 def open_teacher(bundle: Bundle, backend: str, threads: int) -> Teacher:
     entry = bundle.backends[backend]
-    graph = open_graph(bundle.read(entry["teacher"]), backend=backend, threads=threads)
+    model, runtime = bundle.read(entry["teacher"]), bundle.runtime(backend)
+    graph = open_graph(model, backend=runtime, threads=threads)
     return Teacher(graph, entry["teacher_batch"])
 
 

@@ -8,11 +8,18 @@ import numpy as np
 
 from edgesolve.device.bundle import Bundle
 from edgesolve.device.errors import BackendError, ParityError
-from edgesolve.device.runtime import Runtime, adapted_graph, factory_head, open_runtime
+from edgesolve.device.runtime import Runtime, adapted_graph, open_runtime
 from edgesolve.device.teacher import open_teacher
 
 TOLERANCE = 1e-4
 """Largest difference allowed, relative to the largest recorded value where that exceeds 1."""
+
+INTEGER_TOLERANCE = 0.01
+"""Root mean square difference allowed from what integer kernels gave at build, relative to the spread over the
+frames. One value rounded the other way moves an output by several steps, so no limit of each is meaningful."""
+
+SURE = 10 * INTEGER_TOLERANCE
+"""A recorded answer that leads by this share of the logits' spread must be found again."""
 
 
 def verify(
@@ -21,10 +28,9 @@ def verify(
     """Hashes of every file, then per backend: logits, re-normalised rows, the teacher and its statistics.
 
     A backend whose runtime is not installed is reported as skipped; none at all raises BackendError. A
-    difference above TOLERANCE raises ParityError naming what differs.
+    difference above TOLERANCE, of int8 rows above INTEGER_TOLERANCE, raises ParityError naming what differs.
     """
     files = bundle.check_all()
-    known = bundle.parity()
     found: dict[str, Any] = {}
     for backend in backends or list(bundle.backends):
         try:
@@ -32,23 +38,33 @@ def verify(
         except BackendError as error:
             found[backend] = {"skipped": str(error)}
             continue
-        found[backend] = _check(bundle, runtime, backend, known, threads)
+        found[backend] = _check(bundle, runtime, backend, threads)
     if all("skipped" in entry for entry in found.values()):
         raise BackendError("; ".join(entry["skipped"] for entry in found.values()))
     return {"files": files, "backends": found, "sha256": bundle.sha256, "signature": "unsigned"}
 
 
-def _check(bundle, runtime: Runtime, backend, known, threads) -> dict[str, Any]:
-    logits = runtime.logits(known["frames"])
+def _check(bundle, runtime: Runtime, backend, threads) -> dict[str, Any]:
+    known = bundle.parity(backend)
+    rows = runtime.rows(known["frames"])
+    logits = runtime.head(rows)
+    integer = bundle.own_rows(backend)
     entry: dict[str, Any] = {
         "runtime": runtime.graph.runtime,
-        "logits": _difference(backend, "logits", logits, known["logits"]),
+        "precision": bundle.backends[backend].get("precision", "float32"),
+        "logits": float(np.abs(logits - known["logits"]).max())
+        if integer
+        else _difference(backend, "logits", logits, known["logits"]),
         "top1": float((logits.argmax(1) == known["logits"].argmax(1)).mean()),
     }
+    if integer:
+        entry["rows_rms"] = _relative(backend, "rows", rows, known["rows"])
+        entry["logits_rms"] = _relative(backend, "logits", logits, known["logits"])
+        _check_answers(backend, logits, known["logits"])
     statistics = {"mean": known["mean"], "var": known["var"]}
     if bundle.backends[backend]["patch"]:
         graph = adapted_graph(bundle, backend, statistics, threads)
-        moved = Runtime(bundle, backend, graph, factory_head(bundle), 0, [])
+        moved = Runtime(bundle, backend, graph, runtime.head, 0, [])
         entry["adapted_rows"] = _difference(
             backend, "re-normalised rows", moved.rows(known["frames"]), known["adapted_rows"]
         )
@@ -60,6 +76,35 @@ def _check(bundle, runtime: Runtime, backend, known, threads) -> dict[str, Any]:
     entry["window_mean"] = _difference(backend, "window means", window.mean, known["window_mean"])
     entry["window_var"] = _difference(backend, "window variances", window.var, known["window_var"])
     return entry
+
+
+def _relative(backend: str, what: str, found: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square difference over the spread of `expected` (n, …). Raises ParityError above the tolerance."""
+    share = float("inf")
+    if found.shape == expected.shape:
+        share = _rms(found - expected) / max(_rms(expected - expected.mean(0)), 1e-30)
+    if not share <= INTEGER_TOLERANCE:
+        raise ParityError(
+            f"{backend}: {what} differ by {share:.2%} of their spread from those that this file gave at build, "
+            f"{INTEGER_TOLERANCE:.0%} is allowed. Use another version of the runtime, or a float backend."
+        )
+    return share
+
+
+def _check_answers(backend: str, found: np.ndarray, expected: np.ndarray) -> None:
+    order = np.sort(expected, axis=1)
+    sure = order[:, -1] - order[:, -2] > SURE * _rms(expected - expected.mean(0))
+    wrong = sure & (found.argmax(1) != expected.argmax(1))
+    if wrong.any():
+        raise ParityError(
+            f"{backend}: frame {np.flatnonzero(wrong)[0]} of the parity set is answered by "
+            f"{found[wrong][0].argmax()}, the build recorded {expected[wrong][0].argmax()} by a wide margin. "
+            "Use another version of the runtime, or a float backend."
+        )
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
 
 
 def _difference(backend: str, what: str, found: np.ndarray, expected: np.ndarray) -> float:

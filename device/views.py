@@ -43,7 +43,7 @@ def percent(value: float | None) -> str:
 def inspect(bundle: Bundle) -> dict[str, Any]:
     m = bundle.manifest
     report = json.loads(bundle.read("report.json")) if "report.json" in m["files"] else {}
-    keys = ("params", "macs", "bytes", "accuracy", "agreement", "layers", "head")
+    keys = ("params", "macs", "bytes", "accuracy", "agreement", "layers", "head", "int8")
     return {
         "name": m["name"],
         "sha256": bundle.sha256,
@@ -86,6 +86,14 @@ def inspect_text(found: dict[str, Any]) -> str:
             [e["layer"], e["op"], e["params"], e["macs"], e["decision"]] for e in found["layers"]
         ]
         lines += [table(rows, ["layer", "op", "params", "macs", "decision"]), ""]
+    if found.get("int8"):
+        rows = [
+            [e["backend"], e["bytes"], percent(e["accuracy"]), percent(e["agreement"]),
+             e["milliseconds"], e["float_milliseconds"], e["reason"]]
+            for e in found["int8"]
+        ]  # fmt: skip
+        head = ["backend", "bytes", "accuracy", "agreement", "ms", "float ms", "used by default"]
+        lines += [table(rows, head), ""]
     rows = [[name, size] for name, size in found["files"].items()]
     return "\n".join([*lines, table(rows, ["file", "bytes"])])
 
@@ -100,8 +108,9 @@ def verify_text(found: dict[str, Any]) -> str:
             lines.append(f"{name}: skipped, {entry['skipped']}")
             continue
         parts = [f"{k} {v:.1e}" for k, v in entry.items() if isinstance(v, float) and k != "top1"]
+        whom = "torch" if entry["precision"] == "float32" else "the build's own int8 run"
         lines.append(f"{name} ({entry['runtime']}): top-1 {percent(entry['top1'])}; largest "
-                     f"differences from torch: {', '.join(parts)}")  # fmt: skip
+                     f"differences from {whom}: {', '.join(parts)}")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -168,6 +177,7 @@ def status(bundle: Bundle, store) -> dict[str, Any]:
         "generation": current.number if current else 0,
         "previous": current.parent if current else 0,
         "renormalised": bool(current and current.statistics),
+        "backend": provenance.get("backend"),
         "target": provenance.get("target"),
         "drift": provenance.get("drift"),
         "relative_gap": provenance.get("relative_gap"),

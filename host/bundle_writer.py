@@ -19,7 +19,10 @@ from safetensors.numpy import save
 
 from edgesolve.device.bundle import MANIFEST, SCHEMA_VERSION
 from edgesolve.device.errors import ParityError, StateError, UsageError
+from edgesolve.host import heads
 from edgesolve.host import report as reporting
+from edgesolve.host.adaptable import nodes_until
+from edgesolve.host.compress import as_rows
 from edgesolve.host.network import costs
 
 
@@ -80,17 +83,11 @@ def _exchange(partial: Path, folder: Path, aside: Path) -> None:
 
 
 def _files(built) -> dict[str, bytes]:
-    solution = built.distilled.solution
     parity = io.BytesIO()
     np.savez(parity, **built.parity)
-    head = {
-        "weights": np.ascontiguousarray(solution.weights, np.float32),
-        "intercept": np.ascontiguousarray(solution.intercept, np.float32),
-        "starts": np.asarray(built.distilled.rows.starts, np.int64),
-    }
     return {
         **built.files,
-        "head.safetensors": save(head),
+        "head.safetensors": save(heads.head_arrays(built.distilled)),
         "statistics.safetensors": save(built.statistics),
         "reference.safetensors": save(built.reference),
         "parity.npz": parity.getvalue(),
@@ -149,6 +146,7 @@ def _manifest(built, name: str, options: dict, provenance: dict) -> dict:
         "adapt": {"backbone": "fixed" if options["fixed_backbone"] else "adaptable"},
         "drift": built.drift,
         "backends": built.backends,
+        **({"prefer": list(built.prefer)} if built.prefer else {}),
         "licences": {"runtime": "Apache-2.0", "weights": "the licence of the model you built from"},
         "provenance": {
             **provenance,
@@ -177,10 +175,11 @@ def _report(built, files: dict[str, bytes], name: str) -> dict:
     """`params`, `macs`, `bytes`, `accuracy`, `agreement` before and after, and the layers that went."""
     found, network = built.distilled, built.network
     table = costs(network)
-    order = [n.name for n in network.nodes]
-    removed = set(order[order.index(found.cut.node) + 1 :])
     params, macs = (sum(v[i] for v in table.values()) for i in (0, 1))
-    kept = [v for k, v in table.items() if k not in removed]
+    inside = nodes_until(built.small, found.cut.node)
+    kept = [v for k, v in costs(built.small).items() if k in inside]
+    cut = found.cut if built.composed is None else built.composed.head.cut
+    removed = {n.name for n in network.nodes} - nodes_until(network, cut.node)
     head_params = (
         found.rows.n_params() + found.solution.weights.size + found.solution.intercept.size
     )
@@ -199,8 +198,8 @@ def _report(built, files: dict[str, bytes], name: str) -> dict:
         "accuracy": {"before": before, "after": after},
         "agreement": {"before": 1.0, "after": found.agreement},
         "head": {
-            "replaced_params": found.cut.params_after,
-            "replaced_macs": found.cut.macs_after,
+            "replaced_params": cut.params_after,
+            "replaced_macs": cut.macs_after,
             "params": head_params,
             "macs": head_macs,
             "gates": found.rows.n_gates,
@@ -216,8 +215,30 @@ def _report(built, files: dict[str, bytes], name: str) -> dict:
         },
         "search": built.search,
         "layers": _layers(network, table, removed),
+        "decomposition": _decomposition(built),
+        "int8": built.int8_report,
         "files": {name: len(data) for name, data in sorted(files.items())},
         "drift": built.drift,
+    }
+
+
+def _decomposition(built) -> dict | None:
+    """What became of the layers before the head, and what other budgets would have given; None without."""
+    composed = built.composed
+    if composed is None:
+        return None
+    found, plan = composed.decomposed.compression, composed.plan
+    return {
+        "kind": plan.kind,
+        "budget": plan.budget,
+        "cost": plan.allocation.cost,
+        "predicted_divergence": plan.allocation.loss,
+        "duality_gap": plan.allocation.gap,
+        "divergence": found.divergence,
+        "head_divergence": composed.head.divergence,
+        "frontier": [{"params": p, "divergence": d} for p, d in composed.frontier],
+        "tried": list(composed.tried),
+        "steps": as_rows(found.steps),
     }
 
 

@@ -6,6 +6,8 @@ import argparse
 import hashlib
 import json
 import sys
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 DESCRIPTION = "Turn a trained model into a bundle for a small device: no labels, no fine-tuning."
@@ -38,7 +40,25 @@ def parser() -> argparse.ArgumentParser:
         "--split", help="first module that the head replaces; otherwise found by --target"
     )
     p.add_argument(
-        "--target", default="drop=1.0", help="drop=POINTS (default 1.0), params=R or macs=R"
+        "--target",
+        default="drop=1.0",
+        help="drop=POINTS (default 1.0), params=R or macs=R; with --decompose also latency-ms=T on this machine",
+    )
+    p.add_argument(
+        "--decompose",
+        action="store_true",
+        help="also decompose the layers before the head: low rank, Tucker-2, CP, in closed form",
+    )
+    p.add_argument(
+        "--formats", default="tucker2,cp", help="decompositions allowed; 1×1 layers are low rank"
+    )
+    p.add_argument(
+        "--frames", type=int, default=1024, help="calibration frames that --decompose walks"
+    )
+    p.add_argument(
+        "--slower",
+        action="store_true",
+        help="keep decomposed layers that are smaller but were not faster when timed here",
     )
     p.add_argument("--scale", type=float)
     p.add_argument("--mean", type=_floats, help="comma-separated, after scaling")
@@ -63,6 +83,12 @@ def parser() -> argparse.ArgumentParser:
         "--flip", action="store_true", help="add mirrored calibration frames (images only)"
     )
     p.add_argument("--backends", default="onnx,litert")
+    p.add_argument(
+        "--int8",
+        choices=("no", "add", "only"),
+        default="no",
+        help="add int8 backends with heads of their own; only: without the float ones (default no)",
+    )
     p.add_argument(
         "--fixed-backbone", action="store_true", help="never fold new statistics into it"
     )
@@ -91,18 +117,32 @@ def build(argv: list[str]) -> int:
 
     from edgesolve.host import recipe, report
     from edgesolve.host.bundle_writer import check_replaceable
+    from edgesolve.host.checkpoint import Checkpoint
     from edgesolve.host.load import load_calibration, load_model
+    from edgesolve.host.shards import join, leave
 
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     check_replaceable(Path(args.out))
-    log = recipe.Log(_say)
+    shards = join()
+    log = recipe.Log(_say if shards.rank == 0 else _silent)
     log.step("load the model and the calibration frames")
     data = load_calibration(args.data)
     model = load_model(args.model, args.weights)
-    built = recipe.build(model, data, options, log)
-    found = recipe.write(built, args.out, options, log, _provenance(args, data))
+    provenance = _provenance(args, data)
+    store = None
+    if options.decompose and shards.count == 1:
+        store = Checkpoint(Path(f"{args.out}.work"), _key(model, provenance, options))
+    try:
+        built = recipe.build(model, data, options, log, shards, store)
+        if shards.rank:
+            return 0
+        found = recipe.write(built, args.out, options, log, provenance)
+    finally:
+        leave()
+    if store:
+        store.discard()
     _say("")
     print(json.dumps(found, indent=1) if args.json else report.table(found, args.out))
     return 0
@@ -114,16 +154,20 @@ def _options(args, p):
     from edgesolve.host.recipe import BuildOptions
 
     kind, _, value = args.target.partition("=")
-    if kind == "latency-ms":
-        raise UsageError(
-            "--target latency-ms needs a board's latency table, which this release lacks."
-        )
     try:
         target = (kind, float(value))
     except ValueError:
         target = ("", 0.0)
-    if target[0] not in ("drop", "params", "macs") or target[1] <= 0:
-        raise UsageError(f"--target {args.target}: expected drop=1.0, params=0.5 or macs=0.5.")
+    if target[0] not in ("drop", "params", "macs", "latency-ms") or not 0 < target[1] < float(
+        "inf"
+    ):
+        raise UsageError(
+            f"--target {args.target}: expected drop=1.0, params=0.5, macs=0.5 or latency-ms=2.5."
+        )
+    if target[0] == "latency-ms" and not args.decompose:
+        raise UsageError(
+            "--target latency-ms needs --decompose: layers are chosen by their measured time."
+        )
     backends = tuple(b for b in args.backends.split(",") if b)
     if not backends or set(backends) - {"onnx", "litert"}:
         raise UsageError(f"--backends {args.backends}: expected onnx, litert or both.")
@@ -147,7 +191,39 @@ def _options(args, p):
             args.flip,
             args.seed,
         ),
+        decompose=_decompose(args) if args.decompose else None,
+        int8=None if args.int8 == "no" else args.int8,
     )
+
+
+def _decompose(args):
+    from edgesolve.device.errors import UsageError
+    from edgesolve.host.decompose import DecomposeOptions
+    from edgesolve.host.fit import FitOptions
+
+    formats = tuple(f for f in args.formats.split(",") if f)
+    if set(formats) - {"tucker2", "cp"} or not formats:
+        raise UsageError(f"--formats {args.formats}: expected tucker2, cp or both.")
+    if args.frames < 64:
+        raise UsageError(f"--frames {args.frames}: at least 64 are needed, 1024 are advised.")
+    return DecomposeOptions(
+        frames=args.frames,
+        formats=formats,
+        slower=args.slower,
+        fit=FitOptions(pivots=False, seed=args.seed),
+    )
+
+
+def _key(model, provenance: dict, options) -> str:
+    """What a checkpoint belongs to: weights, calibration frames and options."""
+    from edgesolve.host.checkpoint import digest
+
+    state = model.state_dict() if hasattr(model, "state_dict") else {}
+    arrays = [v.detach().cpu().numpy() for _, v in sorted(state.items())]
+    given = {
+        k: v for k, v in asdict(options).items() if k not in ("original", "backends", "classes")
+    }
+    return digest(provenance, version("edgesolve"), given, *arrays)
 
 
 def _recipe(path: str, p: argparse.ArgumentParser) -> dict:
@@ -192,6 +268,10 @@ def _provenance(args, data) -> dict:
 
 def _floats(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
+
+
+def _silent(text: str, transient: bool = False) -> None:
+    """Of processes other than the first."""
 
 
 def _say(text: str, transient: bool = False) -> None:

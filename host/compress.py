@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import numpy as np
 
+from edgesolve.host.capture import Progress
 from edgesolve.host.fit import FitOptions, Fitted, fit
 from edgesolve.host.plan import Candidate, Plan
 from edgesolve.host.sensitivity import divergence
 from edgesolve.host.sites import Site
 from edgesolve.host.splice import Compressed
+from edgesolve.host.survey import obstacle
 from edgesolve.host.walk import Walk
 
-Progress = Callable[[int, int], None]
 DEFAULTS = FitOptions()
+
+
+class Store(Protocol):
+    """Fitted layers by number, kept over an interruption."""
+
+    def load(self, i: int) -> Fitted | None: ...
+
+    def save(self, i: int, fitted: Fitted) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +68,28 @@ def compress(
     gammas: Mapping[str, np.ndarray] | None = None,
     options: FitOptions = DEFAULTS,
     progress: Progress = lambda done, total: None,
+    store: Store | None = None,
 ) -> Compression:
     """Carry out `plan` in topological order; `walk` must have nothing replaced and is used up.
 
     Layers that stay dense are refitted too once something before them has changed: C S⁻¹ costs no parameter and
-    repairs what the input lost. reasons: why a layer stays dense, by name. gammas: output metrics by call site.
+    repairs what the input lost; those that the plan doesn't name are left alone. reasons: why a layer stays dense,
+    by name. gammas: output metrics by call site. store: layers fitted before an interruption.
     """
     fitted: dict[str, Fitted] = {}
     steps = []
     for i, site in enumerate(walk.found):
         began = time.perf_counter()
-        candidate = plan.chosen[site.node]
+        candidate = plan.chosen.get(site.node)
+        if candidate is None:
+            continue
         reason = reasons.get(site.name, "")
-        if refittable(site) and (fitted or candidate.format != "dense"):
+        if refittable(site, len(walk.x)) and (fitted or candidate.format != "dense"):
             gamma = None if gammas is None else gammas[site.node]
-            fitted[site.node] = fit(walk, site, candidate, gamma, options)
+            done = store.load(i) if store else None
+            fitted[site.node] = done or fit(walk, site, candidate, gamma, options)
+            if store and done is None and walk.shards.rank == 0:
+                store.save(i, fitted[site.node])
             walk.layers[site.node] = fitted[site.node].module(site)
         steps.append(_report(site, candidate, fitted.get(site.node), reason, began))
         progress(i + 1, len(walk.found))
@@ -84,9 +101,9 @@ def compress(
     return Compression(module, tuple(steps), fitted, total / n, plan)
 
 
-def refittable(site: Site) -> bool:
+def refittable(site: Site, n_images: int) -> bool:
     """Depthwise layers are left alone: their few weights per channel gain nothing that the next layer doesn't."""
-    return not (site.groups > 1 and site.shape[1] == 1)
+    return not (site.groups > 1 and site.shape[1] == 1) and not obstacle(site, n_images)
 
 
 def _report(

@@ -103,11 +103,15 @@ def distill(
         teacher=teacher,
         progress=progress,
     )
+    return conclude(cut, rows, source, found, options)
+
+
+def conclude(cut: Cut, rows: Rows, source: str, found: Capture, options: HeadOptions) -> Distilled:
+    """The head for captured rows: its ridge chosen, and a twin judged, on the fold kept apart."""
     path = ridge_path(found.fit, found.held_out, GRID)
     best = min(path, key=lambda pair: pair[1])[0]
     twin = solve(found.fit, rows.starts, best, options)
     answers = found.rows @ twin.weights + twin.intercept
-    agreement = float((answers.argmax(1) == found.logits.argmax(1)).mean())
     variance = float(((found.logits - found.logits.mean(0)) ** 2).sum(1).mean())
     mse = found.held_out.mean_squared_error(twin.weights, twin.intercept)
     return Distilled(
@@ -119,7 +123,7 @@ def distill(
         solution=solve(found.fit + found.held_out, rows.starts, best, options),
         capture=found,
         held_out_logits=answers,
-        agreement=agreement,
+        agreement=float((answers.argmax(1) == found.logits.argmax(1)).mean()),
         error=float(np.sqrt(mse / max(variance, 1e-300))),
     )
 

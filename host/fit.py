@@ -9,8 +9,17 @@ import torch
 from torch import nn
 
 from edgesolve.host.chain import Chain, Factor, dense, grouped, pivoted
+from edgesolve.host.errors import DataError
 from edgesolve.host.metric import Metric
-from edgesolve.host.patches import Rows, following, outputs, positions, rows
+from edgesolve.host.patches import (
+    Rows,
+    following,
+    moments_of,
+    n_positions,
+    outputs,
+    positions,
+    rows,
+)
 from edgesolve.host.plan import Candidate
 from edgesolve.host.sensitivity import damped, roots
 from edgesolve.host.sites import Site
@@ -21,17 +30,23 @@ from edgesolve.kernels.moments import Moments
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDS = 4
+ROW_BYTES = 1 << 28
+"""Rows up to this size are kept while a layer is fitted, more of them gathered anew for every use."""
+EXACT = 1e-9
+"""Share of the targets' variance that single precision may lose."""
 CHECKED = 64
 """Images on which every fitted layer is run to compare with what its moments predict."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitOptions:
-    """`damping`: share of the identity in the output metric; `seed`: of the sampled positions."""
+    """`damping`: share of the identity in the output metric; `pivots`: give outer factors an identity block;
+    `seed`: of the sampled positions."""
 
     sweeps: int = 3
     clamp_steps: int = 4
     damping: float = 0.5
+    pivots: bool = True
     seed: int = 0
 
 
@@ -67,7 +82,7 @@ def fit(
     gamma (T, T): output metric, or None. The target is the original layer's output; where a clamp follows, only
     what the clamp lets through counts (`clamped`).
     """
-    source, shards = list(rows(walk, site, options.seed)), walk.shards
+    source, shards = gathered(walk, site, options.seed), walk.shards
     halves = _halves(source, site, shards)
     moments = [a + b for a, b in zip(*halves, strict=True)]
     weights = np.split(site.weight.reshape(len(site.weight), -1), site.groups)
@@ -81,15 +96,34 @@ def fit(
         chain, bias = _through_clamp(
             walk, site, source, moments, make, chain, bias, options, shards
         )
-    chain = pivoted(chain)
+    chain = pivoted(chain) if options.pivots else chain
     return Fitted(
         chain,
         bias,
         ridge,
         sum(m.n for m in moments) / site.groups,
-        *_checked(walk, site, source[0], chain, bias, options.seed),
+        *_checked(walk, site, next(iter(source)), chain, bias, options.seed),
         held_out,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """Rows that are gathered anew whenever they are asked for."""
+
+    walk: Walk
+    site: Site
+    seed: int
+
+    def __iter__(self):
+        return rows(self.walk, self.site, self.seed)
+
+
+def gathered(walk: Walk, site: Site, seed: int):
+    """The rows of `site`, to be iterated over more than once: kept if they fit into ROW_BYTES."""
+    n = n_positions(site, len(walk.x)) * len(walk.x) // walk.shards.count
+    size = 4 * n * (site.weight[0].size * site.groups + 2 * len(site.weight))
+    return list(rows(walk, site, seed)) if size <= ROW_BYTES else _Again(walk, site, seed)
 
 
 def _checked(walk, site, batch: Rows, chain, bias, seed) -> tuple[float, float]:
@@ -98,11 +132,7 @@ def _checked(walk, site, batch: Rows, chain, bias, seed) -> tuple[float, float]:
     images = int(batch.image[-1] - batch.image[0]) + 1
     n, per_image = min(CHECKED, images), len(batch.t) // images
     x, t = batch.x[: n * per_image], batch.t[: n * per_image]
-    step = len(site.weight) // site.groups
-    moments = [
-        Moments.of(x[:, g].numpy(), t[:, g * step : (g + 1) * step].numpy())
-        for g in range(site.groups)
-    ]
+    moments = moments_of(x, t)
     module = Factored(site, chain, bias, torch.float64)
     node = walk.network.nodes[walk.network.index(site.node)]
     k, state = next(walk.before(site.node))
@@ -115,34 +145,36 @@ def _checked(walk, site, batch: Rows, chain, bias, seed) -> tuple[float, float]:
 
 def _halves(source, site: Site, shards) -> tuple[list[Moments], list[Moments]]:
     """Moments per group: of three images in four, and of the fourth."""
-    sums: list = [None, None]
     step = len(site.weight) // site.groups
+    sums = [[Moments.zeros(site.weight[0].size, step)] * site.groups for _ in range(2)]
     for batch in source:
         last = batch.image % FOLDS == FOLDS - 1
         for side, mask in enumerate((~last, last)):
-            x, t = batch.x[mask].numpy(), batch.t[mask].numpy()
-            if not len(x):
-                continue
-            found = [
-                Moments.of(x[:, g], t[:, g * step : (g + 1) * step]) for g in range(site.groups)
-            ]
-            sums[side] = (
-                found
-                if sums[side] is None
-                else [a + b for a, b in zip(sums[side], found, strict=True)]
-            )
-    return tuple([shards.moments(m) for m in side] for side in sums)
+            if mask.any():
+                found = moments_of(batch.x[mask], batch.t[mask])
+                sums[side] = [a + b for a, b in zip(sums[side], found, strict=True)]
+    merged = tuple([shards.moments(m) for m in side] for side in sums)
+    if not all(side[0].n for side in merged):
+        raise DataError(
+            f"{site.name}: it takes at least {FOLDS} calibration frames to fit on {FOLDS - 1} of {FOLDS} and "
+            "check on the rest. Give more frames."
+        )
+    return merged
 
 
 def _ridge(halves, weights) -> float:
-    """Of RIDGES, the one whose least-squares weights err least on the images apart."""
+    """Of RIDGES, the one whose least-squares weights err least on the images apart; the least of equals.
+
+    Behind an unchanged input all of them give the original weight: errors that are rounding count as equal.
+    """
     errors = []
+    rounding = EXACT * sum(Metric.of(apart).v for apart in halves[1])
     for ridge in RIDGES:
         total = 0.0
         for fit_on, apart, weight in zip(*halves, weights, strict=True):
             W = Metric.of(fit_on).ridged(weight, ridge).least_squares()
             total += Metric.of(apart).distortion(W)
-        errors.append(total)
+        errors.append(max(total, rounding))
     return RIDGES[int(np.argmin(errors))]
 
 

@@ -23,16 +23,23 @@ def blank(site: Site, candidate: Candidate, seed: int = 0) -> Chain:
     T, c, kh, kw = site.weight.shape
     g, ranks = site.groups, candidate.ranks
     if candidate.format == "dense":
-        shapes = [((T, c, kh, kw), "hw")]
+        shapes = [((T, c, kh, kw), "hw", g)]
     elif candidate.format == "lowrank":
-        shapes = [((g * ranks[0], c, kh, kw), "hw"), ((T, ranks[0], 1, 1), "")]
+        shapes = [((g * ranks[0], c, kh, kw), "hw", g), ((T, ranks[0], 1, 1), "", g)]
+    elif candidate.format == "cp":
+        r = ranks[0]
+        shapes = [
+            ((g * r, c, 1, 1), "", g),
+            ((g * r, 1, kh, kw), "hw", g * r),
+            ((T, r, 1, 1), "", g),
+        ]
     else:
         r_out, r_in = ranks
-        first = [] if r_in == c else [((g * r_in, c, 1, 1), "")]
-        last = [] if r_out * g == T else [((T, r_out, 1, 1), "")]
-        shapes = [*first, ((g * r_out, r_in, kh, kw), "hw"), *last]
+        first = [] if r_in == c else [((g * r_in, c, 1, 1), "", g)]
+        last = [] if r_out * g == T else [((T, r_out, 1, 1), "", g)]
+        shapes = [*first, ((g * r_out, r_in, kh, kw), "hw", g), *last]
     generator = np.random.default_rng(seed)
-    factors = tuple(Factor(generator.normal(size=s) / s[1], a, g) for s, a in shapes)
+    factors = tuple(Factor(generator.normal(size=s) / s[1], a, n) for s, a, n in shapes)
     return Chain(candidate.format, ranks, factors)
 
 
@@ -94,10 +101,7 @@ def to_onnx(site: Site, chain: Chain) -> bytes:
     nodes, weights, last = [], [], len(chain.factors) - 1
     for i, factor in enumerate(chain.factors):
         weights.append(numpy_helper.from_array(factor.weight.astype(np.float32), f"w{i}"))
-        stride, padding, dilation = (
-            [v if axis in factor.axes else d for axis, v in zip("hw", pair, strict=True)]
-            for pair, d in ((site.stride, 1), (site.padding, 0), (site.dilation, 1))
-        )
+        stride, padding, dilation = site.along(factor.axes)
         nodes.append(
             helper.make_node(
                 "Conv",

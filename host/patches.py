@@ -15,14 +15,18 @@ from edgesolve.host.errors import DataError
 from edgesolve.host.network import Network, aten
 from edgesolve.host.sites import Site
 from edgesolve.host.walk import Walk
+from edgesolve.kernels.moments import Moments
 
 ROWS = 1 << 16
 ROWS_PER_INPUT = 64
 _CLAMPS = {
-    aten.relu.default: (0.0, np.inf),
-    aten.relu_.default: (0.0, np.inf),
-    aten.hardtanh.default: None,
-    aten.clamp.default: None,
+    aten.relu.default: lambda: (0.0, None),
+    aten.relu_.default: lambda: (0.0, None),
+    aten.relu6.default: lambda: (0.0, 6.0),
+    aten.hardtanh.default: lambda low=-1.0, high=1.0: (low, high),
+    aten.clamp.default: lambda low=None, high=None: (low, high),
+    aten.clamp_min.default: lambda low: (low, None),
+    aten.clamp_max.default: lambda high: (None, high),
 }
 
 
@@ -49,11 +53,21 @@ class Rows:
     image: Tensor
 
 
+def moments_of(x: Tensor, t: Tensor) -> list[Moments]:
+    """One record per group, of inputs x (n, groups, D) and targets t (n, T)."""
+    parts = np.split(t.numpy(), x.shape[1], axis=1)
+    return [Moments.of(x[:, g].numpy(), part) for g, part in enumerate(parts)]
+
+
 def n_positions(site: Site, n_images: int) -> int:
     """Output positions to sample in each image: at least ROWS_PER_INPUT rows per input, and ROWS rows."""
     _, c, kh, kw = site.shape
     wanted = max(ROWS, ROWS_PER_INPUT * c * kh * kw)
     return min(site.at.after[0] * site.at.after[1], -(-wanted // n_images))
+
+
+def n_rows(site: Site, n_images: int) -> int:
+    return n_images * n_positions(site, n_images)
 
 
 def rows(walk: Walk, site: Site, seed: int) -> Iterator[Rows]:
@@ -67,11 +81,7 @@ def rows(walk: Walk, site: Site, seed: int) -> Iterator[Rows]:
         found = patches(x, site, pick)
         target = outputs(t, site, pick)
         skip = None
-        if (
-            follow.skip is not None
-            and follow.skip in state.teacher
-            and follow.skip in state.student
-        ):
+        if follow.skip is not None:
             skip = outputs(state.student[follow.skip], site, pick)
             target = target + outputs(state.teacher[follow.skip], site, pick) - skip
         if not (torch.isfinite(found).all() and torch.isfinite(target).all()):
@@ -111,18 +121,29 @@ def outputs(y: Tensor, site: Site, pick: Tensor) -> Tensor:
 
 
 def following(network: Network, site: Site) -> Follow:
-    """What reads the output of `site`, folded normalisations passed over."""
+    """What reads the output of `site`, folded normalisations passed over.
+
+    Nothing where something is added that comes later or is broadcast: it isn't known yet how much of the sum
+    passes the clamp.
+    """
     free = Follow(None, -np.inf, np.inf)
     node = _past_norm(network.nodes[network.index(site.node)], site.norm)
     user = _only_user(node)
     skip = None
     if user is not None and user.target in (aten.add.Tensor, aten.add_.Tensor):
         others = [a for a in user.args[:2] if isinstance(a, Node) and a is not node]
-        if len(others) != 1 or user.kwargs:
+        if len(others) != 1 or user.kwargs or not _beside(network, others[0], node, site):
             return free
         skip, user = others[0].name, _only_user(user)
     low, high = _range(user)
     return Follow(skip, low, high)
+
+
+def _beside(network: Network, other: Node, node: Node, site: Site) -> bool:
+    """`other` is computed before the layer at `site` and has the shape of `node`."""
+    shapes = [tuple(n.meta["val"].shape[1:]) if "val" in n.meta else None for n in (other, node)]
+    before = network.index(other.name) < network.index(site.node)
+    return before and shapes[0] is not None and shapes[0] == shapes[1]
 
 
 def _past_norm(node: Node, norm: str | None) -> Node:
@@ -140,13 +161,9 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _range(user: Node | None) -> tuple[float, float]:
-    if user is None or user.target not in _CLAMPS:
+    if user is None or user.target not in _CLAMPS or user.kwargs:
         return -np.inf, np.inf
-    known = _CLAMPS[user.target]
-    if known is not None:
-        return known
-    given = [*user.args[1:], None, None] if len(user.args) > 1 else [-1.0, 1.0]
-    low, high = given[0], given[1]
+    low, high = _CLAMPS[user.target](*user.args[1:])
     return (-np.inf if low is None else float(low)), (np.inf if high is None else float(high))
 
 

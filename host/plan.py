@@ -16,7 +16,7 @@ from edgesolve.host.tucker import tucker2_curves
 
 FORMATS = ("tucker2", "cp")
 STEPS = 16
-"""Ranks tried along each channel mode, evenly spaced."""
+"""Ranks tried along each channel mode, evenly spaced: as many or, of a number it doesn't divide, a few more."""
 ENERGY = 0.05
 """Weight of the relative distortion beside the measured divergence, in nats: breaks ties where KL is flat."""
 
@@ -49,7 +49,7 @@ class Harm:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of one layer before the pass: candidates, their harm, the best ridge and the row counts.
+    """What is known of one layer before the pass: its candidates, dense first, and their harm.
 
     `reason` is why it stays dense, or ''.
     """
@@ -87,7 +87,7 @@ def cp_candidates(site: Site, metrics: list[Metric]) -> list[Candidate]:
     scale, each = sum(m.v for m in metrics), T + c + kh * kw
     full = kh * kw * min(c, T)
     ranks = sorted({int(share * T * c * kh * kw / each) for share in CP_SHARES})
-    ranks = [r for r in ranks if 1 <= r <= full]
+    ranks = [r for r in ranks if 2 <= r <= full]  # of rank 1 it is Tucker-2
     if not ranks:
         return []
     lost = [sum(m.distortion(_cp(m, site, r)) for m in metrics) / scale for r in ranks]
@@ -103,25 +103,33 @@ def _cp(metric: Metric, site: Site, rank: int) -> np.ndarray:
     return cp(metric, site.shape, rank, separable=False, sweeps=CP_SWEEPS, seeds=0).full()
 
 
+def constant(metrics: list[Metric]) -> bool:
+    """The targets vary by no more than rounding."""
+    return sum(m.v for m in metrics) <= 1e-12 * sum(float(m.mu_t @ m.mu_t) for m in metrics)
+
+
 def candidates(
-    site: Site, metrics: list[Metric], formats: tuple[str, ...] = FORMATS
+    site: Site,
+    metrics: list[Metric],
+    formats: tuple[str, ...] = FORMATS,
+    pivots: bool = True,
 ) -> list[Candidate]:
     """Dense and every form of `formats` that stores fewer weights and that no other betters; metrics one per group.
 
-    Tucker-2 on a grid of rank pairs, with an identity block in each outer factor; its special cases narrow one
-    side only. A 1×1 layer is low rank, whatever the format.
+    Tucker-2 on a grid of rank pairs; its special cases narrow one side only. A 1×1 layer is low rank, whatever
+    the format. `pivots`: outer factors have an identity block, which is not stored (`chain.pivoted`).
     """
     T, c, kh, kw = site.shape
-    scale = sum(m.v for m in metrics)
-    if scale <= 0.0:
+    if constant(metrics):
         return [dense_candidate(site)]
+    scale = sum(m.v for m in metrics)
     if kh * kw == 1:
         curve = sum(lowrank_curve(m) for m in metrics)
-        found = [_lowrank(site, r, curve[r] / scale) for r in grid(min(T, c))]
+        found = [_lowrank(site, r, curve[r] / scale, pivots) for r in grid(min(T, c))]
     else:
         table = sum(tucker2_curves(m, site.shape) for m in metrics)
         found = [
-            _tucker2(site, r_out, r_in, table[r_in - 1, r_out - 1] / scale)
+            _tucker2(site, r_out, r_in, table[r_in - 1, r_out - 1] / scale, pivots)
             for r_in in grid(c)
             for r_out in grid(T)
             if (r_in, r_out) != (c, T)
@@ -143,20 +151,20 @@ def candidates(
 
 
 def grid(full: int) -> list[int]:
-    """1..full in at most STEPS even steps, `full` included."""
+    """Ranks in 1..full, both included, full // STEPS apart."""
     step = max(1, full // STEPS)
     return sorted({*range(full, 0, -step), 1})
 
 
-def _lowrank(site: Site, r: int, distortion: float) -> Candidate:
+def _lowrank(site: Site, r: int, distortion: float, pivots: bool) -> Candidate:
     T, c, _, _ = site.shape
-    params = r * c + r * T - (r * r if site.groups == 1 else 0)
+    params = r * c + r * T - (r * r if pivots and site.groups == 1 else 0)
     return _sized(site, "lowrank", (r,), ((r * c, "hw"), (params - r * c, "")), distortion)
 
 
-def _tucker2(site: Site, r_out: int, r_in: int, distortion: float) -> Candidate:
+def _tucker2(site: Site, r_out: int, r_in: int, distortion: float, pivots: bool) -> Candidate:
     T, c, kh, kw = site.shape
-    block = site.groups == 1
+    block = pivots and site.groups == 1
     first = 0 if r_in == c else c * r_in - block * r_in * r_in
     last = 0 if r_out == T else r_out * T - block * r_out * r_out
     parts = ((first, "before"), (kh * kw * r_in * r_out, "hw"), (last, ""))

@@ -9,18 +9,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgesolve.host import bundle_writer, export, stamp
-from edgesolve.host.adaptable import Backbone, Preprocess, Teacher, with_virtual_norms
+from edgesolve.host import bundle_writer, export, int8, stamp
+from edgesolve.host import heads as head_files
+from edgesolve.host.adaptable import (
+    Backbone,
+    Preprocess,
+    Teacher,
+    n_channels,
+    nodes_until,
+    with_virtual_norms,
+)
 from edgesolve.host.capture import batch_size, batches, frame_statistics, largest_activation
+from edgesolve.host.checkpoint import Checkpoint
+from edgesolve.host.clock import Clock
+from edgesolve.host.compose import Composed, frontier, to_drop, to_latency, to_size, try_heads
+from edgesolve.host.decompose import DecomposeOptions, decompose, survey_network, with_seconds
 from edgesolve.host.distill import Distilled, HeadOptions, distill
 from edgesolve.host.errors import ModelError
 from edgesolve.host.gates import affordable
 from edgesolve.host.load import Data
 from edgesolve.host.network import Cut, Network, costs, cuts, trace
+from edgesolve.host.shards import ALONE, Shards
 from edgesolve.host.thresholds import calibrate
 
 PARITY_FRAMES = 32
-ANCHORS = 128
 STATISTIC_FRAMES = 2048
 STATISTIC_BYTES = 1 << 27
 SEARCH_FRAMES = 3072
@@ -41,13 +53,20 @@ class BuildOptions:
     fixed_backbone: bool = False
     original: str | None = None
     head: HeadOptions = field(default_factory=HeadOptions)
+    decompose: DecomposeOptions | None = None
+    int8: str | None = None  # "add", or "only" without float backbones
 
 
 @dataclass(frozen=True)
 class Built:
-    """What the steps made, in memory, before anything is written."""
+    """What the steps made, in memory, before anything is written.
+
+    `network`: the original; `small`: the decomposed one that the backbone is cut from, or the same.
+    """
 
     network: Network
+    small: Network
+    composed: Composed | None
     preprocess: Preprocess
     data: Data
     distilled: Distilled
@@ -59,6 +78,8 @@ class Built:
     reference: dict[str, np.ndarray]
     search: list[dict]
     original_onnx: bytes
+    prefer: tuple[str, ...] = ()
+    int8_report: list[dict] = field(default_factory=list)
 
 
 class Log:
@@ -81,8 +102,15 @@ class Log:
             self.say(f"{self._name}: {done}/{total}", transient=True)
 
 
-def build(model, data: Data, options: BuildOptions, log: Log) -> Built:
-    """Run every step; nothing is written. Raises ModelError or DataError with one sentence."""
+def build(
+    model,
+    data: Data,
+    options: BuildOptions,
+    log: Log,
+    shards: Shards = ALONE,
+    store: Checkpoint | None = None,
+) -> Built:
+    """Run every step; nothing is written but to `store`. Raises ModelError or DataError with one sentence."""
     log.step("trace the network")
     h, w, c = data.x.shape[1:]
     preprocess = _preprocess(data.x, options)
@@ -96,24 +124,54 @@ def build(model, data: Data, options: BuildOptions, log: Log) -> Built:
     held_out = np.zeros(len(data), bool)
     held_out[:: max(6, len(data) // 2048)] = True
 
-    log.step("choose what the head replaces")
-    cut, search = choose_cut(network, preprocess, data, held_out, options, log)
+    small, composed, search = network, None, []
+    if options.decompose is None:
+        log.step("choose what the head replaces")
+        cut, search = choose_cut(network, preprocess, data, held_out, options, log)
+    else:
+        composed = compose(network, preprocess, data, held_out, options, log, shards, store)
+        small, cut = composed.decomposed.network, composed.decomposed.cut
+        small = _before(with_virtual_norms(small, sample), cut)
 
     log.step(f"distil the head behind {cut.name}")
-    found = distill(network, cut, preprocess, data.x, held_out, options.head, log.progress)
+    teacher = None if small is network else network
+    found = distill(small, cut, preprocess, data.x, held_out, options.head, log.progress, teacher)
 
     log.step("calibrate the drift test")
-    channels = sum(norm.channels for norm in network.norms)
+    networks = (network,) if small is network else (small, network)
+    channels = sum(n_channels(n) for n in networks)
     most = min(STATISTIC_FRAMES, max(128, STATISTIC_BYTES // (16 * channels)))
     spread = np.linspace(0, len(data) - 1, min(len(data), most)).astype(int)
-    means, squares = frame_statistics(network, preprocess, data.x[spread])
+    of_each = [frame_statistics(n, preprocess, data.x[spread]) for n in networks]
+    means, squares = (np.concatenate(parts, axis=1) for parts in zip(*of_each, strict=True))
     predicted = _predictions(network, preprocess, data.x[spread])
     drift, ref_mean, ref_var = calibrate(means, squares, predicted, options.head.seed)
 
-    statistics = _statistics(network)
-    files, backends, original = _export(network, cut, found, preprocess, data.x, options, log)
+    parts = [_statistics(n) for n in networks]
+    statistics = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    files, backends, original = _export(networks, cut, found, preprocess, data.x, options, log)
+    prefer, rounded = (), []
+    if options.int8:
+        log.step("round to int8, and solve a head on integer rows")
+        made = int8.add_int8(
+            small,
+            found,
+            preprocess,
+            data.x,
+            data.y,
+            backends,
+            files,
+            data.x[:PARITY_FRAMES],
+            options.head,
+            teacher=teacher,
+            progress=log.progress,
+        )
+        backends, files, prefer = made.merged(backends, files, options.int8 == "only")
+        rounded = made.report
     return Built(
         network=network,
+        small=small,
+        composed=composed,
         preprocess=preprocess,
         data=data,
         distilled=found,
@@ -121,36 +179,81 @@ def build(model, data: Data, options: BuildOptions, log: Log) -> Built:
         backends=backends,
         statistics=statistics,
         drift=drift,
-        parity=_parity(network, cut, found, preprocess, data.x, statistics),
+        parity=_parity(networks, cut, found, preprocess, data.x, statistics),
         reference=_reference(found, ref_mean, ref_var),
         search=search,
         original_onnx=original,
+        prefer=prefer,
+        int8_report=rounded,
     )
 
 
-def choose_cut(network, preprocess, data, held_out, options, log) -> tuple[Cut, list[dict]]:
-    """The named split, or the cheapest whose held-out agreement (or size) meets the target."""
+def compose(network, preprocess, data, held_out, options, log, shards, store) -> Composed:
+    """The head's place and the decomposition before it that together meet the target."""
+    given, (kind, value) = options.decompose, options.target
+    pick = np.flatnonzero(~held_out)
+    pick = pick[np.linspace(0, len(pick) - 1, min(len(pick), given.frames)).astype(int)]
+    surveyed = survey_network(network, preprocess, data.x[pick], given, log, shards, store)
+    if kind == "latency-ms" or not given.slower:
+        surveyed = with_seconds(surveyed, log)
+
+    def distil(net: Network, cut: Cut, head: HeadOptions) -> Distilled:
+        few = np.linspace(0, len(data) - 1, min(len(data), SEARCH_FRAMES)).astype(int)
+        x, held = data.x[few], held_out[few]
+        held = held if held.sum() >= 32 else np.arange(len(x)) % 6 == 0
+        teacher = None if net is network else network
+        return distill(net, cut, preprocess, x, held, head, log.progress, teacher)
+
+    log.step("try places for the head")
+    places = [named_cut(network, options.split)] if options.split else heads(network, options.head)
+    tried_heads = try_heads(network, places, distil, options.head, log)
+    tried: list[dict] = []
+    if kind in ("params", "macs"):
+        head, plan = to_size(surveyed, tried_heads, kind, value)
+        got = decompose(surveyed, head.cut, plan, log)
+    elif kind == "latency-ms":
+        clock = Clock(network, preprocess, data.x[:1])
+        head, plan, got, tried = to_latency(surveyed, tried_heads, value, clock, log)
+    else:
+        head, plan, got, tried = to_drop(surveyed, tried_heads, value, distil, options.head, log)
+    return Composed(head, plan, got, frontier(surveyed, tried_heads), tuple(tried))
+
+
+def named_cut(network: Network, name: str) -> Cut:
+    """The place for the head that --split names."""
     found = cuts(network)
-    if options.split is not None:
-        for cut in found:
-            if cut.name == options.split or cut.name.startswith(options.split + "."):
-                return cut, []
-        names = ", ".join(c.name for c in found)
-        raise ModelError(f"--split {options.split}: no such place. The network splits at: {names}.")
-    total = costs(network)
-    macs, params = sum(m for _, m in total.values()), sum(p for p, _ in total.values())
-    kind, value = options.target
+    for cut in found:
+        if cut.name == name or cut.name.startswith(name + "."):
+            return cut
+    names = ", ".join(c.name for c in found)
+    raise ModelError(f"--split {name}: no such place. The network splits at: {names}.")
+
+
+def heads(network: Network, options: HeadOptions) -> list[Cut]:
+    """Places behind which a head saves parameters and multiply-adds, shallow first."""
+    macs = sum(m for _, m in costs(network).values())
     classes = network.run(network.example).shape[1]
     candidates = [
         c
-        for c in found
+        for c in cuts(network)
         if c.macs_after < 0.9 * macs
-        and affordable(network, c, classes, options.head.gates, options.head.ramps)
+        and affordable(network, c, classes, options.gates, options.ramps)
     ]
     if not candidates:
         raise ModelError(
             "no split saves parameters and multiply-adds with a convex head; name one with --split."
         )
+    return candidates
+
+
+def choose_cut(network, preprocess, data, held_out, options, log) -> tuple[Cut, list[dict]]:
+    """The named split, or the cheapest whose held-out agreement (or size) meets the target."""
+    if options.split is not None:
+        return named_cut(network, options.split), []
+    total = costs(network)
+    macs, params = sum(m for _, m in total.values()), sum(p for p, _ in total.values())
+    kind, value = options.target
+    candidates = heads(network, options.head)
     if kind in ("params", "macs"):
         left = [
             1 - c.params_after / params if kind == "params" else 1 - c.macs_after / macs
@@ -247,16 +350,30 @@ def _statistics(network: Network) -> dict[str, np.ndarray]:
     return {k: np.concatenate(v).astype(np.float32) for k, v in parts.items()}
 
 
-def _export(network, cut, found, preprocess, x, options, log):
-    backbone = Backbone(network, cut.node, found.rows, preprocess).eval()
-    teacher = Teacher(network, cut.node, found.rows, preprocess).eval()
+def _pair(networks, cut, found, preprocess) -> tuple[Backbone, Teacher]:
+    """The backbone, and the teacher around it; networks: (the backbone's, and the original if another)."""
+    backbone = Backbone(networks[0], cut.node, found.rows, preprocess).eval()
+    student = networks[0] if len(networks) > 1 else None
+    teacher = Teacher(networks[-1], cut.node, found.rows, preprocess, student).eval()
+    return backbone, teacher
+
+
+def _before(network: Network, cut: Cut) -> Network:
+    """Without the normalisations behind `cut`, which nothing of a backbone goes through."""
+    inside = nodes_until(network, cut.node)
+    return replace(network, norms=tuple(n for n in network.norms if n.node in inside))
+
+
+def _export(networks, cut, found, preprocess, x, options, log):
+    network = networks[-1]
+    backbone, teacher = _pair(networks, cut, found, preprocess)
     channels = {k: [s.start, s.stop] for k, s in teacher.slices.items()}
     batch = int(2 ** np.floor(np.log2(max(4, TEACHER_BYTES // largest_activation(network)))))
     batch = min(32, batch)
     frames = torch.from_numpy(np.ascontiguousarray(x[:batch]))
     while len(frames) < batch:
         frames = torch.cat([frames, frames])[:batch]
-    size = sum(n.channels for n in network.norms)
+    size = sum(n_channels(n) for n in networks)
     teacher_example = (
         frames,
         torch.full((batch,), 1.0 / batch),
@@ -308,11 +425,10 @@ class _Whole(torch.nn.Module):
         return self.network.run(self.preprocess(frames))
 
 
-def _parity(network, cut, found, preprocess, x, statistics) -> dict[str, np.ndarray]:
+def _parity(networks, cut, found, preprocess, x, statistics) -> dict[str, np.ndarray]:
     """Frames and what torch computed from them: as shipped, re-normalised, and the teacher's half-way mix."""
     frames = torch.from_numpy(np.ascontiguousarray(x[:PARITY_FRAMES]))
-    backbone = Backbone(network, cut.node, found.rows, preprocess).eval()
-    teacher = Teacher(network, cut.node, found.rows, preprocess).eval()
+    backbone, teacher = _pair(networks, cut, found, preprocess)
     weights, intercept = found.solution.weights, found.solution.intercept
     generator = np.random.default_rng(7)
     mean, var = statistics["mean"], statistics["var"]
@@ -345,23 +461,10 @@ def _parity(network, cut, found, preprocess, x, statistics) -> dict[str, np.ndar
 
 def _reference(found: Distilled, ref_mean, ref_var) -> dict[str, np.ndarray]:
     """What the device compares with: source moments, window reference, anchors, class prototypes."""
-    kept = found.capture
-    pick = np.linspace(0, len(kept.rows) - 1, min(ANCHORS, len(kept.rows))).astype(int)
-    predicted, mean = kept.logits.argmax(1), kept.logits.mean(0)
-    prototypes = []
-    for k in range(kept.logits.shape[1]):
-        mine = kept.logits[predicted == k]
-        guess = mean.copy()
-        guess[k] = kept.logits.max(1).mean()
-        prototypes.append(mine.mean(0) if len(mine) else guess)
-    arrays = {f"moments.{k}": np.atleast_1d(v) for k, v in found.moments.to_arrays().items()}
     return {
-        **arrays,
+        **head_files.source_arrays(found),
         "window_mean": ref_mean.astype(np.float32),
         "window_var": ref_var.astype(np.float32),
-        "anchor_rows": kept.rows[pick].astype(np.float16),
-        "anchor_logits": kept.logits[pick].astype(np.float32),
-        "prototypes": np.stack(prototypes).astype(np.float32),
     }
 
 

@@ -44,6 +44,9 @@ def html(report: dict[str, Any]) -> str:
     plots = {"cost": _cost_plot(report), "ridge": _ridge_plot(report)}
     if len(report["search"]) > 1:
         plots["search"] = _search_plot(report)
+    if report.get("decomposition"):
+        plots["frontier"] = _frontier_plot(report)
+        plots["errors"] = _error_plot(report["decomposition"]["steps"])
     return environment.from_string(template).render(r=report, plots=plots)
 
 
@@ -94,6 +97,40 @@ def _cost_plot(report: dict[str, Any]) -> str:
     axes.bar([len(layers)], [report["head"]["macs"] / 1e6], color="#059669")
     axes.set_ylabel("million multiply-adds")
     axes.set_xlabel("layer, in order; hollow: replaced; green: the convex head")
+    return _svg(figure)
+
+
+def _frontier_plot(report: dict[str, Any]) -> str:
+    """Predicted divergence against parameters, and what was built."""
+    d = report["decomposition"]
+    figure, axes = _figure(4.0, 2.4)
+    points = sorted((e["params"], e["divergence"]) for e in d["frontier"])
+    axes.semilogy(*zip(*points, strict=True), "o-", color=BLUE, markersize=4, label="predicted")
+    built = report["params"]["after"]
+    axes.semilogy(
+        [built],
+        [d["divergence"] + d["head_divergence"]],
+        "s",
+        color="#059669",
+        label="built, measured",
+    )
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("KL from the original, nats")
+    axes.legend(frameon=False, fontsize=7, labelcolor=INK)
+    return _svg(figure)
+
+
+def _error_plot(steps: list[dict[str, Any]]) -> str:
+    """Measured against predicted relative error of every fitted layer; on the line they agree."""
+    figure, axes = _figure(4.0, 2.4)
+    pairs = [(s["error"]["predicted"], s["error"]["measured"]) for s in steps if s["error"]]
+    if pairs:
+        x, y = zip(*pairs, strict=True)
+        top = 1.05 * max(x + y)
+        axes.plot([0, top], [0, top], color=GREY, linewidth=1)
+        axes.plot(x, y, "o", color=BLUE, markersize=4)
+    axes.set_xlabel("predicted error of a layer")
+    axes.set_ylabel("measured")
     return _svg(figure)
 
 

@@ -93,7 +93,7 @@ def _add_gradients(walk: Walk, k: int, seed: int, sums: dict[str, np.ndarray]) -
 
 
 def damped(gamma: np.ndarray, share: float) -> np.ndarray:
-    """(1 - share) Gamma + share tr(Gamma) / T I; the identity if Gamma is zero."""
+    """(1 - share) Gamma / g + share I, g = tr(Gamma) / T; the identity if Gamma is zero."""
     T = len(gamma)
     mean = float(np.trace(gamma)) / T
     if mean <= 0.0:

@@ -22,10 +22,6 @@ class Shards:
     rank: int = 0
     count: int = 1
 
-    def mine(self, x: np.ndarray) -> np.ndarray:
-        """Every `count`-th item of x, from `rank` on: the shares are disjoint and together the whole."""
-        return x[self.rank :: self.count]
-
     def moments(self, m: Moments) -> Moments:
         """The sum over processes, the same on each."""
         if self.count == 1:

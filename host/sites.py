@@ -22,16 +22,17 @@ from edgesolve.host.network import (
 
 _LAYERS = {
     aten.conv2d.default: "conv2d",
+    aten.conv2d.padding: "conv2d",
     aten.conv1d.default: "conv1d",
+    aten.conv1d.padding: "conv1d",
     aten.linear.default: "linear",
 }
 _UNDEFINED = {
     aten.conv_transpose2d.input: "a transposed convolution",
     aten.conv3d.default: "a 3-D convolution",
     aten.convolution.default: "a convolution of another kind",
-    aten.conv2d.padding: "padded by a rule, 'same' or 'valid'",
-    aten.conv1d.padding: "padded by a rule, 'same' or 'valid'",
 }
+_BY_RULE = (aten.conv2d.padding, aten.conv1d.padding)
 Pair = tuple[int, int]
 
 
@@ -65,14 +66,23 @@ class Site:
     def macs(self) -> int:
         return self.weight.size * self.at.after[0] * self.at.after[1]
 
+    def along(self, axes: str) -> tuple[list[int], list[int], list[int]]:
+        """(stride, padding, dilation) of a factor that works along `axes`, each [along h, along w]."""
+        stride, padding, dilation = (
+            [v if axis in axes else other for axis, v in zip("hw", pair, strict=True)]
+            for pair, other in ((self.stride, 1), (self.padding, 0), (self.dilation, 1))
+        )
+        return stride, padding, dilation
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Weight and bias as the call site takes them, float32."""
-        weight = {
-            "conv2d": self.weight,
-            "conv1d": self.weight[..., 0],
-            "linear": self.weight[:, :, 0, 0],
-        }[self.kind]
-        return torch.from_numpy(weight).float(), torch.from_numpy(self.bias).float()
+        weight = torch.from_numpy(self.laid_out(self.weight))
+        return weight.float(), torch.from_numpy(self.bias).float()
+
+    def laid_out(self, weight: np.ndarray) -> np.ndarray:
+        """A weight or factor (o, i, kh, kw) with the axes that a call of this kind takes."""
+        unused = {"conv2d": (), "conv1d": (3,), "linear": (2, 3)}[self.kind]
+        return np.ascontiguousarray(np.squeeze(weight, unused))
 
 
 def sites(network: Network) -> tuple[list[Site], dict[str, str]]:
@@ -89,7 +99,11 @@ def sites(network: Network) -> tuple[list[Site], dict[str, str]]:
         name = module_of(node) or node.name
         if node.target in _UNDEFINED:
             refused[name] = f"{_UNDEFINED[node.target]}; left dense"
-        if node.target not in _LAYERS or node.args[1].op != "get_attr":
+        if node.target not in _LAYERS:
+            continue
+        reason = _uncarried(node, network)
+        if reason:
+            refused[name] = f"{reason}; left dense"
             continue
         site = _site(network, node, name, extents, folded.get(node.name))
         found.append(site)
@@ -115,20 +129,47 @@ def folded_run(network: Network, found: list[Site]):
     return layers, norm
 
 
+def _uncarried(node: Node, network: Network) -> str:
+    """Why the layer at `node` can't be stated as a Site, or ''."""
+    if node.args[1].op != "get_attr":
+        return "its weight is computed by the network"
+    kernel = network.constants[str(node.args[1].target)].shape[2:]
+    if node.target in _BY_RULE and None in _ruled(_options(node), kernel):
+        return "padded by 'same' with more behind than before"
+    return ""
+
+
+def _options(node: Node) -> list:
+    """[stride, padding, dilation, groups] as the graph states them, None where it doesn't."""
+    if _LAYERS[node.target] == "linear":
+        return [None] * 4
+    return [*node.args[3:], *[None] * 4][:4]
+
+
+def _ruled(options: list, kernel) -> list[int | None]:
+    """Padding of 'same' or 'valid' along each axis of `kernel`; None where the two sides differ."""
+    if options[1] != "same":
+        return [0] * len(kernel)
+    dilation = options[2] or [1] * len(kernel)
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return [t // 2 if t % 2 == 0 else None for t in total]
+
+
 def _site(network, node, name, extents, norm) -> Site:
-    kind = _LAYERS[node.target]
     weight, bias = layer_parameters(network, node)
+    given = _options(node)
+    if node.target in _BY_RULE:
+        given[1] = _ruled(given, weight.shape[2:])
     if norm is not None:
         weight, bias = fold_layer(network, norm)
     weight = weight.double().numpy()
     weight = weight.reshape(*weight.shape, *[1] * (4 - weight.ndim))
     shift = np.zeros(len(weight)) if bias is None else bias.double().numpy()
-    given = [*node.args[3:], *[None] * 4] if kind != "linear" else [None] * 4
     stride, padding, dilation = (_pair(v, d) for v, d in zip(given[:3], (1, 0, 1), strict=True))
     return Site(
         node.name,
         name,
-        kind,
+        _LAYERS[node.target],
         weight,
         shift,
         stride,

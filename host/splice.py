@@ -23,7 +23,8 @@ class Factored(nn.Module):
         super().__init__()
         self.site, self.chain = site, chain
         for i, factor in enumerate(chain.factors):
-            self.register_buffer(f"weight_{i}", torch.from_numpy(factor.weight).to(dtype))
+            weight = torch.from_numpy(site.laid_out(factor.weight))
+            self.register_buffer(f"weight_{i}", weight.to(dtype))
         self.register_buffer("bias", torch.from_numpy(np.asarray(bias)).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,15 +36,10 @@ class Factored(nn.Module):
     def _factor(self, x: Tensor, i: int, bias: Tensor | None) -> Tensor:
         site, factor, weight = self.site, self.chain.factors[i], getattr(self, f"weight_{i}")
         if site.kind == "linear":
-            return F.linear(x, weight[:, :, 0, 0], bias)
-        stride, padding, dilation = (
-            [v if axis in factor.axes else d for axis, v in zip("hw", pair, strict=True)]
-            for pair, d in ((site.stride, 1), (site.padding, 0), (site.dilation, 1))
-        )
+            return F.linear(x, weight, bias)
+        stride, padding, dilation = site.along(factor.axes)
         if site.kind == "conv1d":
-            return F.conv1d(
-                x, weight[..., 0], bias, stride[0], padding[0], dilation[0], factor.groups
-            )
+            return F.conv1d(x, weight, bias, stride[0], padding[0], dilation[0], factor.groups)
         return F.conv2d(x, weight, bias, stride, padding, dilation, factor.groups)
 
 
@@ -96,15 +92,17 @@ class Dense(nn.Module):
 
 
 def _mount(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Register `module` at the dotted `path`, with plain containers on the way; a number is added if taken."""
+    """Register `module` at the dotted `path`, with plain containers on the way; what is taken gets a longer name."""
     *folders, last = path.split(".")
     at = root
     for part in folders:
+        while hasattr(at, part) and part not in at._modules:  # the replay's own, such as `network`
+            part += "_"
         if part not in at._modules:
             at.add_module(part, nn.Module())
         at = at._modules[part]
     name, count = last, 1
-    while name in at._modules or hasattr(at, name):
+    while hasattr(at, name):
         count += 1
         name = f"{last}_{count}"
     at.add_module(name, module)

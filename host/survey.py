@@ -10,8 +10,16 @@ from edgesolve.host.chain import Chain
 from edgesolve.host.cp import cp
 from edgesolve.host.lowrank import lowrank
 from edgesolve.host.metric import Metric
-from edgesolve.host.patches import rows
-from edgesolve.host.plan import FORMATS, Candidate, Harm, Survey, candidates, dense_candidate
+from edgesolve.host.patches import moments_of, n_rows, rows
+from edgesolve.host.plan import (
+    FORMATS,
+    Candidate,
+    Harm,
+    Survey,
+    candidates,
+    constant,
+    dense_candidate,
+)
 from edgesolve.host.sensitivity import probe
 from edgesolve.host.sites import Site
 from edgesolve.host.tucker import tucker2
@@ -22,17 +30,30 @@ PROBES = (0.75, 0.5, 0.3, 0.15, 0.05)
 """Shares of a layer's weights at which the network's divergence is measured."""
 MOMENT_BYTES = 1 << 32
 """Most memory for one layer's moments."""
+ADVISED = 10
+"""Rows per input that moments should have; with less than one, a layer is left as it is."""
+
+
+def obstacle(site: Site, n_images: int) -> str:
+    """Why a layer can't be fitted to its moments over `n_images` frames, or ''."""
+    D, n = site.weight[0].size, n_rows(site, n_images)
+    need = 24 * site.groups * D**2
+    if need > MOMENT_BYTES:
+        bound = MOMENT_BYTES / 2**30
+        return f"its moments need {need / 2**30:.0f} GiB, the bound is {bound:g} GiB; left dense"
+    if n < D:
+        return (
+            f"{n} rows for {D} inputs, {ADVISED * D} advised; give {-(-ADVISED * D // n)} times the images; "
+            "left dense"
+        )
+    return ""
 
 
 def layer_moments(walk: Walk, site: Site, seed: int) -> list[Moments]:
     """Of x and t at `site`, one record per group, over all processes."""
     sums: list[Moments] | None = None
-    step = len(site.weight) // site.groups
     for batch in rows(walk, site, seed):
-        found = [
-            Moments.of(batch.x[:, g].numpy(), batch.t[:, g * step : (g + 1) * step].numpy())
-            for g in range(site.groups)
-        ]
+        found = moments_of(batch.x, batch.t)
         sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
     return [walk.shards.moments(m) for m in sums]
 
@@ -42,6 +63,7 @@ def survey(
     refused: dict[str, str],
     *,
     formats: tuple[str, ...] = FORMATS,
+    pivots: bool = True,
     n_probe: int = 256,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
@@ -54,34 +76,39 @@ def survey(
     found = []
     for i, site in enumerate(walk.found):
         reason = refused.get(site.name, "")
-        found.append(_survey(walk, site, reason, formats, seed, logits))
+        found.append(_survey(walk, site, reason, formats, pivots, seed, logits))
         progress(i + 1, len(walk.found))
     return found
 
 
-def _survey(walk, site, reason, formats, seed, logits) -> Survey:
+def _survey(walk, site, reason, formats, pivots, seed, logits) -> Survey:
     still = Harm((0.0,), (0.0,))
-    _, c, kh, kw = site.shape
-    need = 24 * site.groups * (c * kh * kw) ** 2
-    if not reason and need > MOMENT_BYTES:
-        reason = f"its moments need {need / 2**30:.0f} GiB, the bound is {MOMENT_BYTES >> 30}; left dense"
+    reason = reason or obstacle(site, len(walk.x))
     if reason:
         return Survey(site, (dense_candidate(site),), still, reason)
     metrics = [Metric.of(m) for m in layer_moments(walk, site, seed)]
-    options = candidates(site, metrics, formats)
+    options = candidates(site, metrics, formats, pivots)
     if len(options) == 1:
-        return Survey(site, tuple(options), still, "no rank stores fewer weights; left dense")
-    probed = _spread(site, options)
+        reason = "its output never changes" if constant(metrics) else "no rank stores fewer weights"
+        return Survey(site, tuple(options), still, f"{reason}; left dense")
+    return Survey(site, tuple(options), _harm(walk, site, metrics, _spread(site, options), logits))
+
+
+def _harm(walk, site, metrics, probed, logits) -> Harm:
+    """Measured with the layer as each of `probed`, at the distortion that it really has: a CP is fitted less
+    closely here than its candidate will be."""
     weights = [approximate(site, metrics, c) for c in probed]
-    harm = probe(walk, logits, site, weights)
-    order = np.argsort([c.distortion for c in probed])
-    return Survey(
-        site,
-        tuple(options),
-        Harm(
-            (0.0, *(probed[i].distortion for i in order)),
-            (0.0, *(max(harm[i], 0.0) for i in order)),
-        ),
+    scale = sum(m.v for m in metrics)
+    lost = []
+    for candidate, (weight, _) in zip(probed, weights, strict=True):
+        parts = zip(metrics, np.split(weight, site.groups), strict=True)
+        own = sum(m.distortion(part) for m, part in parts) / scale
+        lost.append(max(own, candidate.distortion))
+    measured = probe(walk, logits, site, weights)
+    order = np.argsort(lost, kind="stable")
+    return Harm(
+        (0.0, *(lost[i] for i in order)),
+        (0.0, *(max(measured[i], 0.0) for i in order)),
     )
 
 
@@ -92,7 +119,7 @@ def _spread(site: Site, options: list[Candidate]) -> list[Candidate]:
         fits = [c for c in options if c.params <= share * site.weight.size]
         if fits:
             found.append(min(fits, key=lambda c: c.distortion))
-    found.append(max(options, key=lambda c: c.distortion))
+    found.append(max(options[1:], key=lambda c: c.distortion))  # the first is dense
     return list(dict.fromkeys(found))
 
 

@@ -71,7 +71,7 @@ class Walk:
     def before(self, node: str) -> Iterator[tuple[int, State]]:
         """(number, state) of each batch, the teacher past `node` and the student just before it.
 
-        Call sites only move forward.
+        Quick where call sites move forward; a step back starts from the frames again.
         """
         index = self.network.index(node)
         fits = 2 * self.live[index] * len(self.x) <= self.bound * self.shards.count
@@ -91,7 +91,7 @@ class Walk:
     def _at(self, k: int, index: int) -> State:
         """Batch k at call site `index`, from where it was kept; a state of its own."""
         kept = self.kept.get(k)
-        if kept is None:
+        if kept is None or kept.at[1] > index:
             frames = np.ascontiguousarray(self.x[k * self.size : (k + 1) * self.size])
             x = self.preprocess(torch.from_numpy(frames))
             kept = State({self.network.input: x}, {self.network.input: x})

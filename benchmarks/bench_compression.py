@@ -1,0 +1,143 @@
+"""Closed-form compression without labels and without fine-tuning, side by side with low-rank baselines.
+
+    make bench-compression                                     everything, about an hour on two cores
+    python benchmarks/bench_compression.py --only sigma        one section again; the others stay in the table
+    python benchmarks/bench_compression.py --budgets .5,.3     other shares of the weights (not to be quoted)
+    python benchmarks/bench_compression.py --ablate            section resnet20 with parts of the recipe left out
+    python benchmarks/bench_compression.py --quick             few frames, two budgets, to see that it runs
+
+Budgets are shares of the weights of all convolutions and linear layers; biases are out on both sides. Tables go to
+stdout, progress to stderr, everything to OUT/compression.json, .md and .png (--quick: to OUT/quick). A missed bar
+is printed as MISSED and does not change the exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import compression_sections as sections
+import torch
+from environment import ROOT, environment, say, short
+from figures import aligned, keep, plain_rows, text
+
+SECTIONS = {
+    "resnet20": sections.resnet20,
+    "sigma": sections.sigma,
+    "frontiers": sections.frontiers,
+    "ranks": sections.ranks,
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """`budgets`: those of the command line, or (). `nets`: of the frontiers, or ()."""
+
+    quick: bool
+    ablate: bool
+    budgets: tuple[float, ...]
+    nets: tuple[str, ...]
+    threads: int
+
+    def size(self, full: int, quick: int) -> int:
+        return quick if self.quick else full
+
+    def shares(self, full: tuple[float, ...], quick: tuple[float, ...]) -> tuple[float, ...]:
+        return self.budgets or (quick if self.quick else full)
+
+
+def main() -> None:
+    args = _arguments()
+    bench = Bench(args.quick, args.ablate, args.budgets, args.nets, args.threads)
+    torch.set_num_threads(bench.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    record, bars = args.out / "compression.json", []
+    for name in args.only:
+        say(f"== {name}")
+        env, began = environment(bench.threads), time.perf_counter()
+        figures, details = SECTIONS[name](bench)
+        seconds = time.perf_counter() - began
+        print(f"\n{name} ({seconds:.0f} s, commit {env['commit']})\n{text(figures)}", flush=True)
+        for caption, rows in details.get("tables", {}).items():
+            print(f"\n{caption}\n{aligned(rows)}", flush=True)
+        bars += [f.met for f in figures if f.met is not None]
+        section = {"environment": env, "seconds": seconds, "quick": bench.quick}
+        section |= {"figures": plain_rows(figures), "details": details}
+        kept = keep(record, SECTIONS, name, section, "Closed-form compression, measured")
+        draw(kept, record.with_suffix(".png"))
+    page = record.with_suffix(".md")
+    print(f"\n{sum(bars)} of {len(bars)} bars met; {short(record)}, {short(page)}")
+
+
+def draw(kept: dict[str, dict[str, Any]], path: Path) -> None:
+    """Drop against weights left, one panel per network, as a PNG at `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {k: v for s in kept.values() for k, v in s["details"].get("points", {}).items()}
+    if not panels:
+        return
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in lines.items():
+            ours = (
+                {"linewidth": 2.5, "color": "black", "zorder": 3} if name == sections.OURS else {}
+            )
+            x, y = zip(*sorted(points), strict=True)
+            axis.plot([100 * v for v in x], y, marker="o", markersize=3, label=name, **ours)
+        # Linear up to a point, so that negative drops and those of 80 points fit in one panel.
+        axis.set_yscale("symlog", linthresh=1.0)
+        axis.set_ylim(-1.0, 100.0)
+        axis.grid(alpha=0.3)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("weights left, %")
+        axis.set_ylabel("drop, points")
+        axis.legend(fontsize=7)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--only", default=",".join(SECTIONS), metavar="A,B")
+    p.add_argument("--quick", action="store_true")
+    p.add_argument("--ablate", action="store_true", help="leave out parts of the recipe in turn")
+    p.add_argument("--budgets", default="", metavar=".5,.3", help="instead of a section's own")
+    p.add_argument("--nets", default="", metavar="A,B", help=f"of {', '.join(sections.NETS)}")
+    p.add_argument("--out", type=Path, default=ROOT / "bench_out")
+    p.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
+    args = p.parse_args()
+    args.only = args.only.split(",")
+    if unknown := set(args.only) - set(SECTIONS):
+        p.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    args.nets = tuple(n for n in args.nets.split(",") if n)
+    if unknown := set(args.nets) - set(sections.NETS):
+        p.error(f"--nets: no network {', '.join(sorted(unknown))}")
+    try:
+        args.budgets = tuple(float(b) for b in args.budgets.split(",") if b)
+    except ValueError:
+        p.error(f"--budgets: shares such as .5,.3, got {args.budgets}")
+    args.out = args.out.resolve() / "quick" if args.quick else args.out.resolve()
+    return args
+
+
+if __name__ == "__main__":
+    # Two threads of BLAS make the small products here slower; it reads this once, when it is loaded.
+    if "OPENBLAS_NUM_THREADS" not in os.environ:
+        one = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], one)
+    main()

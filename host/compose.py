@@ -1,0 +1,204 @@
+"""Which block the head replaces and how far the rest is decomposed, so that together they meet the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edgesolve.host.decompose import (
+    Decomposed,
+    Surveyed,
+    decompose,
+    planned,
+)
+from edgesolve.host.distill import Distilled, HeadOptions
+from edgesolve.host.errors import ModelError
+from edgesolve.host.network import Cut, Network, costs
+from edgesolve.host.plan import Plan
+from edgesolve.host.sensitivity import divergence
+
+HEADS = 4
+"""Places for the head that are tried, evenly spaced among those that save anything."""
+TRIES = 5
+"""Budgets tried to meet a drop or a latency."""
+FRONTIER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head behind `cut`: what it stores and multiplies, and KL(original || with the head), measured."""
+
+    cut: Cut
+    params: int
+    macs: int
+    divergence: float
+
+
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """`decomposed` before `head`; `frontier`: (params, KL predicted) that other budgets would have given."""
+
+    head: Head
+    plan: Plan
+    decomposed: Decomposed
+    frontier: tuple[tuple[int, float], ...]
+    tried: tuple[dict, ...]
+
+
+Distil = Callable[[Network, Cut, HeadOptions], Distilled]
+
+
+def head_of(network: Network, cut: Cut, made: Distilled) -> Head:
+    lost = divergence(*(_tensor(a) for a in (made.capture.logits, made.held_out_logits)))
+    params = made.rows.n_params() + made.solution.weights.size + made.solution.intercept.size
+    return Head(cut, params, made.rows.macs(cut.shape) + made.solution.weights.size, lost)
+
+
+def try_heads(
+    network: Network, cuts: list[Cut], quick: Distil, options: HeadOptions, log
+) -> list[Head]:
+    """Heads behind at most HEADS of `cuts`, made of the original network's features."""
+    at = np.unique(np.linspace(0, len(cuts) - 1, min(HEADS, len(cuts))).round().astype(int))
+    found = []
+    for i in at:
+        log.say(f"trying a head behind {cuts[i].name}", transient=True)
+        found.append(
+            head_of(network, cuts[i], quick(network, cuts[i], replace(options, flip=False)))
+        )
+    return found
+
+
+def to_size(surveyed: Surveyed, heads: list[Head], kind: str, share: float) -> tuple[Head, Plan]:
+    """The head and plan of least predicted harm whose `kind`, params or macs, is `share` of the network's."""
+    table = costs(surveyed.network)
+    total = sum(v[0 if kind == "params" else 1] for v in table.values())
+    plans, nearest = [], np.inf
+    for head in heads:
+        before = surveyed.layers_before(head.cut.node)
+        fixed = getattr(head, kind) + (
+            sum(len(s.site.bias) for s in before) if kind == "params" else 0
+        )
+        try:
+            plan = planned(surveyed, head.cut.node, kind, share * total - fixed)
+            plans.append((plan.allocation.loss + head.divergence, head, plan))
+        except ValueError:
+            least = sum(min(getattr(c, kind) for c in s.candidates) for s in before)
+            nearest = min(nearest, (least + fixed) / total)
+    if not plans:
+        raise ModelError(
+            f"--target {kind}={share:g}: the closest that can be reached here is {nearest:.3f}."
+            + ("" if surveyed.options.slower else " --slower also takes layers that win no time.")
+        )
+    _, head, plan = min(plans, key=lambda p: p[0])
+    return head, plan
+
+
+def to_drop(
+    surveyed: Surveyed, heads: list[Head], drop: float, distil: Distil, options: HeadOptions, log
+) -> tuple[Head, Plan, Decomposed, list[dict]]:
+    """The smallest network whose held-out agreement falls by at most `drop` points: bisection over parameters."""
+    low, high, best, tried = 0.1, 1.0, None, []
+    for _ in range(TRIES):
+        share = 0.5 * (low + high)
+        try:
+            head, plan = to_size(surveyed, heads, "params", share)
+        except ModelError:
+            low = share
+            continue
+        got = decompose(surveyed, head.cut, plan, log)
+        made = distil(got.network, got.cut, replace(options, flip=False))
+        lost = 100.0 * (1.0 - made.agreement)
+        tried.append(
+            {"params": round(share, 3), "split": head.cut.name, "agreement_loss": round(lost, 3)}
+        )
+        if lost <= drop:
+            best, high = (head, plan, got), share
+        else:
+            low = share
+    if best is None:
+        least = min((t["agreement_loss"] for t in tried), default=float("nan"))
+        raise ModelError(
+            f"--target drop={drop:g}: of the sizes tried, the closest loses {least:.2f} points of held-out "
+            "agreement. Give more calibration frames, a larger drop, or a head further back with --split."
+        )
+    return *best, tried
+
+
+def to_latency(
+    surveyed: Surveyed,
+    heads: list[Head],
+    milliseconds: float,
+    clock: Callable[[Decomposed | None], float],
+    log,
+) -> tuple[Head, Plan, Decomposed, list[dict]]:
+    """The least harmful network that answers within `milliseconds` on this machine, one thread.
+
+    `clock(decomposed)` measures seconds a frame up to the cut, of the whole original where it is None. Layers are
+    allocated on their own measured seconds, scaled to the whole; a network that turns out slower tightens the
+    budget.
+    """
+    whole = clock(None)
+    layers = sum(_dense(t) for t in surveyed.seconds.values())
+    scale, wanted, tried = whole / layers, milliseconds / 1e3, []
+    budget = wanted
+    for _ in range(TRIES):
+        plans = []
+        for head in heads:
+            own = own_seconds(surveyed, head)
+            try:
+                plan = planned(surveyed, head.cut.node, "seconds", budget / scale - own)
+                plans.append((plan.allocation.loss + head.divergence, head, plan))
+            except ValueError:
+                continue
+        if not plans:
+            break
+        _, head, plan = min(plans, key=lambda p: p[0])
+        got = decompose(surveyed, head.cut, plan, log)
+        took = clock(got) + scale * own_seconds(surveyed, head)
+        tried.append(
+            {
+                "budget_ms": round(1e3 * budget, 3),
+                "split": head.cut.name,
+                "p50_ms": round(1e3 * took, 3),
+            }
+        )
+        if took <= wanted:
+            return head, plan, got, tried
+        budget *= wanted / took
+    best = min((t["p50_ms"] for t in tried), default=float("nan"))
+    raise ModelError(
+        f"--target latency-ms={milliseconds:g}: the original takes {1e3 * whole:.3f} ms here, the closest reached "
+        f"is {best:.3f} ms."
+    )
+
+
+def frontier(surveyed: Surveyed, heads: list[Head]) -> tuple[tuple[int, float], ...]:
+    """(parameters, predicted KL) at the budgets of FRONTIER that can be met."""
+    total = sum(v[0] for v in costs(surveyed.network).values())
+    found = []
+    for share in FRONTIER:
+        try:
+            head, plan = to_size(surveyed, heads, "params", share)
+        except ModelError:
+            continue
+        found.append((int(share * total), plan.allocation.loss + head.divergence))
+    return tuple(found)
+
+
+def own_seconds(surveyed: Surveyed, head: Head) -> float:
+    """An estimate for the head: what it stands for took, by the share of multiply-adds."""
+    before = {s.site.node for s in surveyed.layers_before(head.cut.node)}
+    behind = sum(_dense(t) for node, t in surveyed.seconds.items() if node not in before)
+    return behind * head.macs / max(head.cut.macs_after, 1)
+
+
+def _dense(took) -> float:
+    return next(v for c, v in took.items() if c.format == "dense")
+
+
+def _tensor(a):
+    import torch
+
+    return torch.from_numpy(a)

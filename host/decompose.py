@@ -1,0 +1,199 @@
+"""Decompose the part of a network that stays in front of the head, to a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from edgesolve.host.adaptable import Preprocess, nodes_until
+from edgesolve.host.checkpoint import Checkpoint, digest
+from edgesolve.host.compress import Compression, compress
+from edgesolve.host.errors import ModelError
+from edgesolve.host.fit import FitOptions
+from edgesolve.host.latency import seconds
+from edgesolve.host.network import Cut, Network, cuts, trace
+from edgesolve.host.plan import FORMATS, Candidate, Plan, Survey, choose, dense_candidate
+from edgesolve.host.sensitivity import fisher
+from edgesolve.host.shards import ALONE, Shards
+from edgesolve.host.sites import Site, sites
+from edgesolve.host.survey import survey
+from edgesolve.host.walk import Walk
+
+
+@dataclass(frozen=True, slots=True)
+class DecomposeOptions:
+    """`frames` are walked, the divergence is measured on `probe_frames` of them and the output metric on
+    `fisher_frames`. `slower`: also keep layers that are smaller but were not faster when measured.
+    """
+
+    frames: int = 1024
+    probe_frames: int = 256
+    fisher_frames: int = 512
+    formats: tuple[str, ...] = FORMATS
+    slower: bool = False
+    # Exporters store a 1×1 factor whole, so identity blocks would be counted but not won.
+    fit: FitOptions = field(default_factory=lambda: FitOptions(pivots=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Surveyed:
+    """A network with everything that a plan needs: per layer its candidates, harm and, by call site, seconds."""
+
+    network: Network
+    preprocess: Preprocess
+    x: np.ndarray
+    found: list[Site]
+    surveys: list[Survey]
+    gammas: Mapping[str, np.ndarray]
+    seconds: Mapping[str, Mapping[Candidate, float]]
+    options: DecomposeOptions
+    shards: Shards
+    store: Checkpoint | None
+
+    def walk(self) -> Walk:
+        return Walk(self.network, self.preprocess, self.x, self.found, shards=self.shards)
+
+    def layers_before(self, cut: str) -> list[Survey]:
+        inside = nodes_until(self.network, cut)
+        return [s for s in self.surveys if s.site.node in inside]
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposed:
+    """The compressed network, traced, the cut in it, and how it came about."""
+
+    network: Network
+    cut: Cut
+    compression: Compression
+
+
+def survey_network(
+    network: Network,
+    preprocess: Preprocess,
+    x: np.ndarray,
+    options: DecomposeOptions,
+    log,
+    shards: Shards = ALONE,
+    store: Checkpoint | None = None,
+) -> Surveyed:
+    """Measure every layer of `network` on frames x (n, h, w, c). `log` as recipe.Log."""
+    found, refused = sites(network)
+    if not found:
+        raise ModelError("the network has no convolution or linear layer that could be decomposed.")
+    with threadpool_limits(1, "blas"):
+        log.step("measure the divergence that each layer's forms cause")
+        surveys = store.surveys(found) if store else None
+        if surveys is None:
+            surveys = survey(
+                Walk(network, preprocess, x, found, shards=shards),
+                refused,
+                formats=options.formats,
+                pivots=options.fit.pivots,
+                n_probe=options.probe_frames,
+                seed=options.fit.seed,
+                progress=log.progress,
+            )
+            if store:
+                store.save_surveys(surveys)
+        log.step("measure what each layer's outputs matter")
+        walk = Walk(network, preprocess, x, found, shards=shards)
+        gammas = fisher(walk, options.fisher_frames, options.fit.seed, log.progress)
+    return Surveyed(network, preprocess, x, found, surveys, gammas, {}, options, shards, store)
+
+
+def with_seconds(surveyed: Surveyed, log) -> Surveyed:
+    """With the seconds of every form measured on this machine; forms that win no time are dropped unless the
+    options keep them."""
+    log.step("time each layer's forms")
+    table: dict[str, dict[Candidate, float]] = {}
+    stored = surveyed.store.arrays("seconds") if surveyed.store else None
+    for i, s in enumerate(surveyed.surveys):
+        took = seconds(s.site, list(s.candidates)) if stored is None else stored[str(i)].tolist()
+        table[s.site.node] = dict(zip(s.candidates, took, strict=True))
+        log.progress(i + 1, len(surveyed.surveys))
+    if surveyed.store and stored is None:
+        rows = {str(i): np.array(list(t.values())) for i, t in enumerate(table.values())}
+        surveyed.store.save_arrays("seconds", rows)
+    surveys = surveyed.surveys
+    if not surveyed.options.slower:
+        surveys = [_only_faster(s, table[s.site.node]) for s in surveys]
+    return replace(surveyed, surveys=surveys, seconds=table)
+
+
+def _only_faster(s: Survey, took: Mapping[Candidate, float]) -> Survey:
+    dense = took[dense_candidate(s.site)]
+    kept = tuple(c for c in s.candidates if c.format == "dense" or took[c] < dense)
+    reason = s.reason
+    if len(kept) == 1 and len(s.candidates) > 1:
+        reason = "no smaller form was faster on the machine that built this; left dense"
+    return replace(s, candidates=kept, reason=reason)
+
+
+def planned(surveyed: Surveyed, cut: str, kind: str, budget: float) -> Plan:
+    """The plan for the layers up to `cut`; kind: params, macs, or seconds as measured.
+
+    Raises ValueError naming the closest reachable budget.
+    """
+    cost: Callable[[Site, Candidate], float] | None = None
+    if kind == "seconds":
+        cost = lambda site, candidate: surveyed.seconds[site.node][candidate]  # noqa: E731
+    before = surveyed.layers_before(cut)
+    if not before:
+        raise ModelError(f"{cut}: no layer before it could be decomposed.")
+    return choose(before, kind, budget, cost)
+
+
+def decompose(surveyed: Surveyed, cut: Cut, plan: Plan, log) -> Decomposed:
+    """Carry out `plan` before `cut`; what is behind it stays as it is, for the head to be made of."""
+    log.step(f"fit {sum(c.format != 'dense' for c in plan.chosen.values())} smaller layers")
+    reasons = {s.site.name: s.reason for s in surveyed.surveys}
+    with threadpool_limits(1, "blas"):
+        found = compress(
+            surveyed.walk(),
+            plan,
+            reasons,
+            surveyed.gammas,
+            surveyed.options.fit,
+            log.progress,
+            _Stored(surveyed.store, plan) if surveyed.store else None,
+        )
+    shape = tuple(surveyed.network.example.shape[1:])
+    small = trace(found.module, shape)
+    return Decomposed(small, same_cut(small, found, cut), found)
+
+
+class _Stored:
+    """The fitted layers of one plan in a checkpoint."""
+
+    def __init__(self, store: Checkpoint, plan: Plan):
+        self.store = store
+        self.name = digest({node: asdict(c) for node, c in plan.chosen.items()})[:12]
+
+    def load(self, i: int):
+        return self.store.layer(f"{self.name}-{i}")
+
+    def save(self, i: int, fitted) -> None:
+        self.store.save_layer(f"{self.name}-{i}", fitted)
+
+
+def same_cut(small: Network, found: Compression, cut: Cut) -> Cut:
+    """The cut of the traced compressed network that carries what `cut` carries in the replay it was traced from."""
+    expected: list[torch.Tensor] = []
+
+    def watch(node, value, args):
+        if node.name == cut.node:
+            expected.append(value)
+
+    module = found.module
+    with torch.no_grad():
+        module.network.run(small.example, norm=module.norm, layers=module.places, watch=watch)
+        for candidate in cuts(small):
+            if candidate.shape == cut.shape:
+                z = small.run(small.example, until=candidate.node)
+                if torch.allclose(z, expected[0], rtol=1e-4, atol=1e-5):
+                    return candidate
+    raise ModelError(f"{cut.name}: the compressed network has no such place any more.")
