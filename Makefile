@@ -5,10 +5,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard kernels/*.py host/*.py device/*.py)
 TINY := build/tiny
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-device test-arm64 reference-arm64 bench-main bench-solvers wheel clean distclean
+.PHONY: help venv demo test test-device test-arm64 reference-arm64 bench-main bench-solvers bench-compression bench-artefacts wheel clean distclean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 venv: .venv/.stamp  ## everything in .venv: host, both runtimes, test tools, at the tested versions
 
@@ -42,6 +42,12 @@ bench-main: venv  ## the main job, side by side with the peers
 bench-solvers: venv .venv-peers/.stamp  ## the convex solvers, side by side with the peers (hours)
 	$(BIN)/python benchmarks/bench_solvers.py
 
+bench-compression: venv  ## closed-form compression beside low-rank baselines (an hour)
+	$(BIN)/python benchmarks/bench_compression.py
+
+bench-artefacts: venv  ## one network as fp32, fp16, int8, pruned, with a head: bytes, accuracy, latency
+	$(BIN)/python benchmarks/bench_artefacts.py
+
 .venv-peers/.stamp: pyproject.toml benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-peers
 	@# One by one: a peer that can't be had is a printed skip.
@@ -56,7 +62,7 @@ wheel: venv  ## the wheel, in build/wheel
 
 $(TINY)/.stamp: .venv/.stamp tests/tiny_model.py tests/tiny_bundle.py $(SOURCES)
 	rm -rf $(TINY)
-	$(BIN)/python tests/tiny_bundle.py $(TINY)
+	$(BIN)/python tests/tiny_bundle.py $(TINY) --int8
 	@touch $@
 
 clean:  ## remove what was built, keep .venv and the emulated Pi

@@ -4,7 +4,10 @@
 #   arm64_env.sh WHEEL --renew    the reference alone, written
 set -euo pipefail
 wheel=$(realpath "$1")
-if [ "$2" != --renew ]; then EDGESOLVE_TEST_BUNDLE=$(realpath "$2") && export EDGESOLVE_TEST_BUNDLE; fi
+if [ "$2" != --renew ]; then
+  EDGESOLVE_TEST_BUNDLE=$(realpath "$2") && export EDGESOLVE_TEST_BUNDLE
+  export EDGESOLVE_TEST_INT8_BUNDLE=$(dirname "$EDGESOLVE_TEST_BUNDLE")/int8
+fi
 cd "$(dirname "$0")/.."
 
 PYTHON=.venv/bin/python deploy/arm64/setup.sh .arm64/root .arm64/site

@@ -3,6 +3,7 @@
 set -euo pipefail
 wheel=$(realpath "$1")
 export EDGESOLVE_TEST_BUNDLE=$(realpath "$2")
+export EDGESOLVE_TEST_INT8_BUNDLE=$(dirname "$EDGESOLVE_TEST_BUNDLE")/int8
 cd "$(dirname "$0")/.."
 env=build/device-env
 

@@ -1,4 +1,4 @@
-"""Writes OUT/bundle, by the command line from a network trained here, and OUT/test.npz (x, y)."""
+"""Writes OUT/bundle and OUT/int8, by the command line from a network trained here, and OUT/test.npz (x, y)."""
 
 import argparse
 import subprocess
@@ -15,15 +15,15 @@ from tiny_model import tiny
 SIDE, MEAN, STD = 16, 0.5, 0.25
 
 
-def build_command(folder: Path) -> list[str]:
-    """The command that makes `folder`/bundle. The only place that names its options."""
+def build_command(folder: Path, name: str = "bundle") -> list[str]:
+    """The command that makes `folder`/`name`. The only place that names its options."""
     return [
         *(sys.executable, "-m", "edgesolve.device.cli", "build"),
         f"{Path(__file__).with_name('tiny_model.py')}:tiny",
         *("--weights", str(folder / "tiny.safetensors")),
         *("--data", str(folder / "calibration.npz")),
         *("--mean", ",".join([str(MEAN)] * 3), "--std", ",".join([str(STD)] * 3)),
-        *("--out", str(folder / "bundle"), "--split", "4"),
+        *("--out", str(folder / name), "--split", "4"),
     ]
 
 
@@ -58,14 +58,19 @@ def train(x: np.ndarray, y: np.ndarray, epochs: int = 4) -> dict[str, torch.Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--int8", action="store_true", help="also OUT/int8, with int8 backends")
+    args = parser.parse_args()
+    out = args.out
     out.mkdir(parents=True, exist_ok=True)
     x, y = frames(1024, seed=0)
     save_file(train(x, y), out / "tiny.safetensors")
     np.savez(out / "calibration.npz", x=x, y=y)
     test_x, test_y = frames(512, seed=1)
     np.savez(out / "test.npz", x=test_x, y=test_y)
-    sys.exit(subprocess.run(build_command(out)).returncode)
+    commands = [build_command(out)]
+    if args.int8:
+        commands.append([*build_command(out, "int8"), "--int8", "add"])
+    sys.exit(max(subprocess.run(command).returncode for command in commands))
 
 
 if __name__ == "__main__":

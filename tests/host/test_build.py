@@ -271,10 +271,10 @@ def refuse(code, capsys, *arguments):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (["--target", "drop"], "expected drop=1.0, params=0.5 or macs=0.5"),
+        (["--target", "drop"], "expected drop=1.0, params=0.5, macs=0.5 or latency-ms=2.5"),
         (["--target", "drop=-1"], "expected drop=1.0"),
         (["--target", "speed=2"], "expected drop=1.0"),
-        (["--target", "latency-ms=5"], "needs a board's latency table"),
+        (["--target", "latency-ms=5"], "needs --decompose"),
         (["--backends", "onnx,tensorrt"], "expected onnx, litert or both"),
         (["--backends", ""], "expected onnx, litert or both"),
         (["--n-gates", "0"], "must be at least 1"),

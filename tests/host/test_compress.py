@@ -21,7 +21,7 @@ from edgesolve.host.sites import sites
 from edgesolve.host.splice import Compressed, Dense
 from edgesolve.host.survey import approximate, layer_moments, survey
 
-from . import small_nets as small
+import small_nets as small
 
 FRAMES = 64
 QUICK = FitOptions(sweeps=1)

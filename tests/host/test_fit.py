@@ -17,7 +17,7 @@ from edgesolve.host.sensitivity import damped, fisher
 from edgesolve.host.splice import Dense
 from edgesolve.host.survey import approximate, layer_moments
 
-from . import small_nets as small
+import small_nets as small
 
 PLAIN = FitOptions(sweeps=1, clamp_steps=0)
 LAYERS = [(name, "odd") for name in small.ODD]

@@ -12,7 +12,7 @@ from edgesolve.host.latency import blank, seconds, to_onnx
 from edgesolve.host.plan import Candidate, dense_candidate
 from edgesolve.host.splice import Factored
 
-from . import small_nets as small
+import small_nets as small
 
 FORMS = [("dense", ()), ("lowrank", (2,)), ("tucker2", (2, 1)), ("tucker2", (2, 3)), ("cp", (3,))]
 LAYERS = [(name, "odd") for name in ("stride", "dilation", "groups", "rectangular")]

@@ -15,7 +15,7 @@ from edgesolve.host.patches import following, n_positions, n_rows, positions, ro
 from edgesolve.host.sites import sites
 from edgesolve.host.splice import Dense
 
-from . import small_nets as small
+import small_nets as small
 
 LAYERS = [(name, "odd") for name in small.ODD] + [
     *(("sequence", name) for name in ("a", "b", "token", "fc")),

@@ -20,7 +20,7 @@ from edgesolve.host.plan import (
 )
 from edgesolve.host.survey import factorise, layer_moments
 
-from . import small_nets as small
+import small_nets as small
 
 LAYERS = [("small", name) for name in ("stem", "one", "left", "right", "last", "fc")]
 LAYERS += [("sequence", name) for name in ("a", "b", "token")]

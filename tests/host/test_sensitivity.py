@@ -12,7 +12,7 @@ from edgesolve.host.network import trace
 from edgesolve.host.sensitivity import damped, divergence, fisher, probe, roots
 from edgesolve.host.splice import Dense
 
-from . import small_nets as small
+import small_nets as small
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from edgesolve.host.network import trace
 from edgesolve.host.sites import folded_run, sites
 
-from . import small_nets as small
+import small_nets as small
 
 
 class Separate(nn.Module):

@@ -19,7 +19,7 @@ from edgesolve.host.splice import Compressed, Dense, Factored
 from edgesolve.host.tensor_train import tensor_train
 from edgesolve.host.tucker import tucker2
 
-from . import small_nets as small
+import small_nets as small
 
 FORMATS = {
     "lowrank": lambda m, shape: lowrank(m, shape, 2),

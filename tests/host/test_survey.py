@@ -18,7 +18,7 @@ from edgesolve.host.splice import Dense
 from edgesolve.host.survey import approximate, layer_moments, obstacle, survey
 from edgesolve.kernels.moments import Moments
 
-from . import small_nets as small
+import small_nets as small
 
 
 @pytest.fixture(scope="module")

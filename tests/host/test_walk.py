@@ -12,7 +12,7 @@ from edgesolve.host.shards import Shards
 from edgesolve.host.splice import Dense
 from edgesolve.host.walk import live_bytes
 
-from . import small_nets as small
+import small_nets as small
 
 
 @pytest.fixture(scope="module")
