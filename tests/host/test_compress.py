@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import small_nets as small
 import torch
 from torch.nn import functional as F
 
@@ -20,8 +21,6 @@ from edgesolve.host.sensitivity import fisher
 from edgesolve.host.sites import sites
 from edgesolve.host.splice import Compressed, Dense
 from edgesolve.host.survey import approximate, layer_moments, survey
-
-import small_nets as small
 
 FRAMES = 64
 QUICK = FitOptions(sweeps=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_nets as small
 import torch
 from scipy.optimize import minimize
 
@@ -16,8 +17,6 @@ from edgesolve.host.plan import Candidate
 from edgesolve.host.sensitivity import damped, fisher
 from edgesolve.host.splice import Dense
 from edgesolve.host.survey import approximate, layer_moments
-
-import small_nets as small
 
 PLAIN = FitOptions(sweeps=1, clamp_steps=0)
 LAYERS = [(name, "odd") for name in small.ODD]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 import pytest
+import small_nets as small
 import torch
 
 from edgesolve.host import latency
 from edgesolve.host.latency import blank, seconds, to_onnx
 from edgesolve.host.plan import Candidate, dense_candidate
 from edgesolve.host.splice import Factored
-
-import small_nets as small
 
 FORMS = [("dense", ()), ("lowrank", (2,)), ("tucker2", (2, 1)), ("tucker2", (2, 3)), ("cp", (3,))]
 LAYERS = [(name, "odd") for name in ("stride", "dilation", "groups", "rectangular")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_nets as small
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,8 +15,6 @@ from edgesolve.host.network import trace
 from edgesolve.host.patches import following, n_positions, n_rows, positions, rows
 from edgesolve.host.sites import sites
 from edgesolve.host.splice import Dense
-
-import small_nets as small
 
 LAYERS = [(name, "odd") for name in small.ODD] + [
     *(("sequence", name) for name in ("a", "b", "token", "fc")),

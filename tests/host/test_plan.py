@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_nets as small
 
 from edgesolve.host import survey as surveying
 from edgesolve.host.chain import grouped, pivoted
@@ -19,8 +20,6 @@ from edgesolve.host.plan import (
     grid,
 )
 from edgesolve.host.survey import factorise, layer_moments
-
-import small_nets as small
 
 LAYERS = [("small", name) for name in ("stem", "one", "left", "right", "last", "fc")]
 LAYERS += [("sequence", name) for name in ("a", "b", "token")]

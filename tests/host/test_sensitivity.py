@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_nets as small
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -11,8 +12,6 @@ from torch.nn import functional as F
 from edgesolve.host.network import trace
 from edgesolve.host.sensitivity import damped, divergence, fisher, probe, roots
 from edgesolve.host.splice import Dense
-
-import small_nets as small
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_nets as small
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from edgesolve.host.network import trace
 from edgesolve.host.sites import folded_run, sites
-
-import small_nets as small
 
 
 class Separate(nn.Module):

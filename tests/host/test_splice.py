@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_nets as small
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -18,8 +19,6 @@ from edgesolve.host.sites import sites
 from edgesolve.host.splice import Compressed, Dense, Factored
 from edgesolve.host.tensor_train import tensor_train
 from edgesolve.host.tucker import tucker2
-
-import small_nets as small
 
 FORMATS = {
     "lowrank": lambda m, shape: lowrank(m, shape, 2),

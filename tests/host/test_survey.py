@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import small_nets as small
 import torch
 from torch.nn import functional as F
 
@@ -17,8 +18,6 @@ from edgesolve.host.sites import sites
 from edgesolve.host.splice import Dense
 from edgesolve.host.survey import approximate, layer_moments, obstacle, survey
 from edgesolve.kernels.moments import Moments
-
-import small_nets as small
 
 
 @pytest.fixture(scope="module")

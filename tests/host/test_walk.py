@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import small_nets as small
 import torch
 
 from edgesolve.host import walk as module
@@ -11,8 +12,6 @@ from edgesolve.host.errors import DataError
 from edgesolve.host.shards import Shards
 from edgesolve.host.splice import Dense
 from edgesolve.host.walk import live_bytes
-
-import small_nets as small
 
 
 @pytest.fixture(scope="module")
