@@ -25,7 +25,8 @@ demo: venv  ## build, run and recalibrate a small network; the report is in demo
 test: venv  ## lint, format, and every test on the workstation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	@# One BLAS thread: two make thousands of small products slower.
+	OPENBLAS_NUM_THREADS=1 $(BIN)/pytest
 
 test-device: wheel $(TINY)/.stamp  ## the installed wheel without torch, with Numba and without
 	tests/device_env.sh build/wheel/*.whl $(TINY)/bundle
