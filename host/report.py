@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-INK, BLUE, GREY = "#6b7280", "#2563eb", "#9ca3af"
+INK, BLUE, GREY, DARK = "#6b7280", "#2563eb", "#9ca3af", "#1e3a8a"
 
 
 def table(report: dict[str, Any], out: str) -> str:
@@ -94,14 +94,24 @@ def _cost_plot(report: dict[str, Any]) -> str:
         edgecolor=[BLUE if k else GREY for k in kept],
         linewidth=1,
     )
+    legend = "layer, in order; hollow: replaced; green: the convex head"
+    if report.get("decomposition"):
+        after = {s["layer"]: s["macs"]["after"] for s in report["decomposition"]["steps"]}
+        smaller = [
+            after.get(e["layer"], 0) / 1e6 if k else 0.0 for e, k in zip(layers, kept, strict=True)
+        ]
+        axes.bar(at, smaller, color=DARK)
+        legend += "; dark: what decomposition left"
     axes.bar([len(layers)], [report["head"]["macs"] / 1e6], color="#059669")
     axes.set_ylabel("million multiply-adds")
-    axes.set_xlabel("layer, in order; hollow: replaced; green: the convex head")
+    axes.set_xlabel(legend)
     return _svg(figure)
 
 
 def _frontier_plot(report: dict[str, Any]) -> str:
     """Predicted divergence against parameters, and what was built."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     d = report["decomposition"]
     figure, axes = _figure(4.0, 2.4)
     points = sorted((e["params"], e["divergence"]) for e in d["frontier"])
@@ -114,6 +124,8 @@ def _frontier_plot(report: dict[str, Any]) -> str:
         color="#059669",
         label="built, measured",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("parameters")
     axes.set_ylabel("KL from the original, nats")
     axes.legend(frameon=False, fontsize=7, labelcolor=INK)
