@@ -42,7 +42,9 @@ def largest_activation(network: Network) -> int:
     """Bytes of the largest tensor that one frame makes in float32."""
     sizes = [1]
     with torch.no_grad():
-        network.run(network.example, watch=lambda n, v, a: sizes.append(4 * v[0].numel()))
+        network.run(
+            network.example, watch=lambda n, v, a: sizes.append(4 * v[0].numel() if v.ndim else 4)
+        )
     return max(sizes)
 
 

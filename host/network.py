@@ -25,7 +25,12 @@ _BATCH_DEPENDENT = (
     aten._native_batch_norm_legit.no_stats,
     aten._native_batch_norm_legit.default,
 )
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
+_CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+)
 _FOLDABLE = (*_CONVOLUTIONS, aten.linear.default)
 _REDUCTIONS = (
     aten.pad.default,

@@ -169,3 +169,23 @@ def test_an_exported_program_reads_the_same():
     for a, b in zip(own, given, strict=True):
         assert (a.name, a.stride, a.padding, a.at) == (b.name, b.stride, b.padding, b.at)
         np.testing.assert_array_equal(a.weight, b.weight)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_batch_norm_behind_padding_by_rule_is_folded(padding, accepts_only):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    inner = [nn.Conv2d(3, 4, 3, padding=padding), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*inner, nn.Flatten(), nn.Linear(4, 2)).eval()
+    network = trace(model, (3, 8, 8))
+    assert by_name(network)["0"].norm is not None
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x).numpy()
+
+    def same(found):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    accepts_only(same, folded(network, x).numpy())
