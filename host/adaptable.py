@@ -94,6 +94,17 @@ class Backbone(nn.Module):
         return self.network.run(x, until=self.cut, norm=norm, layers=layers)
 
 
+class Upto(nn.Module):
+    """frames (n, h, w, c) -> the output of call site `until` of `network`, or its logits, as it stands."""
+
+    def __init__(self, network: Network, preprocess: Preprocess, until: str | None = None):
+        super().__init__()
+        self.network, self.preprocess, self.until = network, preprocess, until
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.network.run(self.preprocess(frames), until=self.until)
+
+
 class Teacher(nn.Module):
     """The original network with every normalisation's statistics open, and the backbone's rows at the cut.
 

@@ -31,7 +31,7 @@ def digest(*parts: object) -> str:
 
 
 class Checkpoint:
-    """Results by name in `folder`, thrown away where it was begun for another `key` (model, data, options).
+    """Results by name in `folder`, thrown away where it was begun for another `key` (network, frames, options).
 
     Every file is written aside and renamed, so that one that is there is whole.
     """
@@ -76,13 +76,11 @@ class Checkpoint:
         raw = self._read(f"{name}.safetensors")
         return None if raw is None else load(raw)
 
-    def save_arrays(
-        self, name: str, arrays: Mapping[str, np.ndarray], meta: Mapping[str, str] | None = None
-    ):
+    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         from safetensors.numpy import save
 
         kept = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-        self._write(f"{name}.safetensors", save(kept, dict(meta) if meta else None))
+        self._write(f"{name}.safetensors", save(kept))
 
     def layer(self, name: str) -> Fitted | None:
         """The fitted layer saved under `name`."""

@@ -6,8 +6,6 @@ import argparse
 import hashlib
 import json
 import sys
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 DESCRIPTION = "Turn a trained model into a bundle for a small device: no labels, no fine-tuning."
@@ -117,7 +115,6 @@ def build(argv: list[str]) -> int:
 
     from edgesolve.host import recipe, report
     from edgesolve.host.bundle_writer import check_replaceable
-    from edgesolve.host.checkpoint import Checkpoint
     from edgesolve.host.load import load_calibration, load_model
     from edgesolve.host.shards import join, leave
 
@@ -131,18 +128,14 @@ def build(argv: list[str]) -> int:
     data = load_calibration(args.data)
     model = load_model(args.model, args.weights)
     provenance = _provenance(args, data)
-    store = None
-    if options.decompose and shards.count == 1:
-        store = Checkpoint(Path(f"{args.out}.work"), _key(model, provenance, options))
+    work = Path(f"{args.out}.work") if shards.count == 1 else None
     try:
-        built = recipe.build(model, data, options, log, shards, store)
-        if shards.rank:
+        built = recipe.build(model, data, options, log, shards, work)
+        if built is None:
             return 0
         found = recipe.write(built, args.out, options, log, provenance)
     finally:
         leave()
-    if store:
-        store.discard()
     _say("")
     print(json.dumps(found, indent=1) if args.json else report.table(found, args.out))
     return 0
@@ -212,18 +205,6 @@ def _decompose(args):
         slower=args.slower,
         fit=FitOptions(pivots=False, seed=args.seed),
     )
-
-
-def _key(model, provenance: dict, options) -> str:
-    """What a checkpoint belongs to: weights, calibration frames and options."""
-    from edgesolve.host.checkpoint import digest
-
-    state = model.state_dict() if hasattr(model, "state_dict") else {}
-    arrays = [v.detach().cpu().numpy() for _, v in sorted(state.items())]
-    given = {
-        k: v for k, v in asdict(options).items() if k not in ("original", "backends", "classes")
-    }
-    return digest(provenance, version("edgesolve"), given, *arrays)
 
 
 def _recipe(path: str, p: argparse.ArgumentParser) -> dict:

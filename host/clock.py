@@ -1,4 +1,4 @@
-"""How long a whole network takes on this machine: ONNX Runtime, one thread, one frame."""
+"""How long a whole network takes on this machine: as the device runs it, one thread, one frame."""
 
 from __future__ import annotations
 
@@ -8,47 +8,40 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from edgesolve.host.adaptable import Preprocess
+from edgesolve.device.graph import open_graph
+from edgesolve.host.adaptable import Preprocess, Upto
 from edgesolve.host.decompose import Decomposed
 from edgesolve.host.export import to_onnx
 from edgesolve.host.network import Network
+from edgesolve.host.shards import ALONE, Shards
 
 RUNS = 200
 MOST_S = 4.0
 
 
-class _Upto(torch.nn.Module):
-    def __init__(self, network: Network, until: str | None, preprocess: Preprocess):
-        super().__init__()
-        self.network, self.until, self.preprocess = network, until, preprocess
-
-    def forward(self, frames):
-        return self.network.run(self.preprocess(frames), until=self.until)
-
-
 @dataclass(frozen=True)
 class Clock:
-    """Median seconds of a frame: of the original network, or of a decomposed one up to its cut."""
+    """Median seconds of a frame: of the original network, or of a decomposed one up to its cut.
+
+    Of several processes the first one's clock counts.
+    """
 
     network: Network
     preprocess: Preprocess
     frame: np.ndarray  # (1, h, w, c)
+    shards: Shards = ALONE
 
     def __call__(self, decomposed: Decomposed | None) -> float:
-        import onnxruntime as ort
-
-        network, until = self.network, None
+        module = Upto(self.network, self.preprocess)
         if decomposed is not None:
-            network, until = decomposed.network, decomposed.cut.node
-        frames = torch.from_numpy(np.ascontiguousarray(self.frame))
-        module = _Upto(network, until, self.preprocess)
-        model = to_onnx(module, (frames,), ("frames",), free_batch=False)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        x, took, began = {"frames": self.frame}, [], time.perf_counter()
+            module = Upto(decomposed.network, self.preprocess, decomposed.cut.node)
+        frame = np.ascontiguousarray(self.frame)
+        example = (torch.from_numpy(frame),)
+        model = to_onnx(module, example, ("frames",), free_batch=False)
+        graph = open_graph(model, backend="onnx")
+        took, began = [], time.perf_counter()
         while len(took) < RUNS and time.perf_counter() - began < MOST_S:
             start = time.perf_counter()
-            session.run(None, x)
+            graph(frame)
             took.append(time.perf_counter() - start)
-        return float(np.median(took))
+        return float(self.shards.first(np.median(took)))

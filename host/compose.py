@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from edgesolve.host.decompose import (
-    Decomposed,
-    Surveyed,
-    decompose,
-    planned,
-)
+from edgesolve.host.clock import Clock
+from edgesolve.host.decompose import Decomposed, Surveyed, decompose, planned, with_seconds
 from edgesolve.host.distill import Distilled, HeadOptions
 from edgesolve.host.errors import ModelError
-from edgesolve.host.network import Cut, Network, costs
+from edgesolve.host.network import Cut, costs
+from edgesolve.host.place import Trial, named_cut, places
 from edgesolve.host.plan import Plan
 from edgesolve.host.sensitivity import divergence
 
@@ -47,26 +45,43 @@ class Composed:
     tried: tuple[dict, ...]
 
 
-Distil = Callable[[Network, Cut, HeadOptions], Distilled]
+def compose(trial: Trial, surveyed: Surveyed, options) -> Composed:
+    """The head's place and the decomposition before it that together meet the target.
+
+    options: recipe.BuildOptions. Raises ModelError naming the closest that can be reached.
+    """
+    (kind, value), log = options.target, trial.log
+    if kind == "latency-ms" or not surveyed.options.slower:
+        surveyed = with_seconds(surveyed, log)
+    log.step("try places for the head")
+    network, split = trial.network, options.split
+    found = [named_cut(network, split)] if split else places(network, options.head)
+    heads, tried = try_heads(trial, found, options.head), []
+    if kind in ("params", "macs"):
+        head, plan = to_size(surveyed, heads, kind, value)
+        got = decompose(surveyed, head.cut, plan, log)
+    elif kind == "latency-ms":
+        clock = Clock(network, trial.preprocess, trial.x[:1], surveyed.shards)
+        head, plan, got, tried = to_latency(surveyed, heads, value, clock, log)
+    else:
+        head, plan, got, tried = to_drop(surveyed, heads, value, trial, options.head)
+    return Composed(head, plan, got, frontier(surveyed, heads), tuple(tried))
 
 
-def head_of(network: Network, cut: Cut, made: Distilled) -> Head:
-    lost = divergence(*(_tensor(a) for a in (made.capture.logits, made.held_out_logits)))
+def head_of(cut: Cut, made: Distilled) -> Head:
+    logits = made.capture.logits, made.held_out_logits
+    lost = divergence(*(torch.from_numpy(a) for a in logits))
     params = made.rows.n_params() + made.solution.weights.size + made.solution.intercept.size
     return Head(cut, params, made.rows.macs(cut.shape) + made.solution.weights.size, lost)
 
 
-def try_heads(
-    network: Network, cuts: list[Cut], quick: Distil, options: HeadOptions, log
-) -> list[Head]:
+def try_heads(trial: Trial, cuts: list[Cut], options: HeadOptions) -> list[Head]:
     """Heads behind at most HEADS of `cuts`, made of the original network's features."""
     at = np.unique(np.linspace(0, len(cuts) - 1, min(HEADS, len(cuts))).round().astype(int))
     found = []
     for i in at:
-        log.say(f"trying a head behind {cuts[i].name}", transient=True)
-        found.append(
-            head_of(network, cuts[i], quick(network, cuts[i], replace(options, flip=False)))
-        )
+        trial.log.say(f"trying a head behind {cuts[i].name}", transient=True)
+        found.append(head_of(cuts[i], trial(trial.network, cuts[i], options)))
     return found
 
 
@@ -96,7 +111,7 @@ def to_size(surveyed: Surveyed, heads: list[Head], kind: str, share: float) -> t
 
 
 def to_drop(
-    surveyed: Surveyed, heads: list[Head], drop: float, distil: Distil, options: HeadOptions, log
+    surveyed: Surveyed, heads: list[Head], drop: float, trial: Trial, options: HeadOptions
 ) -> tuple[Head, Plan, Decomposed, list[dict]]:
     """The smallest network whose held-out agreement falls by at most `drop` points: bisection over parameters."""
     low, high, best, tried = 0.1, 1.0, None, []
@@ -107,8 +122,8 @@ def to_drop(
         except ModelError:
             low = share
             continue
-        got = decompose(surveyed, head.cut, plan, log)
-        made = distil(got.network, got.cut, replace(options, flip=False))
+        got = decompose(surveyed, head.cut, plan, trial.log)
+        made = trial(got.network, got.cut, options)
         lost = 100.0 * (1.0 - made.agreement)
         tried.append(
             {"params": round(share, 3), "split": head.cut.name, "agreement_loss": round(lost, 3)}
@@ -196,9 +211,3 @@ def own_seconds(surveyed: Surveyed, head: Head) -> float:
 
 def _dense(took) -> float:
     return next(v for c, v in took.items() if c.format == "dense")
-
-
-def _tensor(a):
-    import torch
-
-    return torch.from_numpy(a)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -58,7 +58,6 @@ class Compression:
     steps: tuple[StepReport, ...]
     fitted: Mapping[str, Fitted]
     divergence: float
-    plan: Plan | None = field(default=None)
 
 
 def compress(
@@ -98,7 +97,7 @@ def compress(
         total, n = total + len(teacher) * divergence(teacher, student), n + len(teacher)
     total, n = walk.shards.numbers(total, n)
     module = Compressed(walk.network, walk.found, walk.layers)
-    return Compression(module, tuple(steps), fitted, total / n, plan)
+    return Compression(module, tuple(steps), fitted, total / n)
 
 
 def refittable(site: Site, n_images: int) -> bool:

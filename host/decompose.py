@@ -112,7 +112,10 @@ def with_seconds(surveyed: Surveyed, log) -> Surveyed:
     table: dict[str, dict[Candidate, float]] = {}
     stored = surveyed.store.arrays("seconds") if surveyed.store else None
     for i, s in enumerate(surveyed.surveys):
-        took = seconds(s.site, list(s.candidates)) if stored is None else stored[str(i)].tolist()
+        if stored is None:
+            took = surveyed.shards.first(seconds(s.site, list(s.candidates))).tolist()
+        else:
+            took = stored[str(i)].tolist()
         table[s.site.node] = dict(zip(s.candidates, took, strict=True))
         log.progress(i + 1, len(surveyed.surveys))
     if surveyed.store and stored is None:

@@ -37,7 +37,7 @@ from edgesolve.host.rounding import (
 )
 from edgesolve.host.rows import Rows
 from edgesolve.host.sites import Site, folded_run, sites
-from edgesolve.host.survey import MOMENT_BYTES, layer_moments
+from edgesolve.host.survey import MOMENT_BYTES, layer_moments, moment_bytes
 from edgesolve.host.walk import Walk
 from edgesolve.kernels.moments import Moments
 
@@ -148,8 +148,7 @@ def rounded_layers(
 
 def _metrics(walk: Walk, site: Site) -> list[Metric] | None:
     """One per group; None where the moments would be too large."""
-    _, c, kh, kw = site.shape
-    if 24 * site.groups * (c * kh * kw) ** 2 > MOMENT_BYTES:
+    if moment_bytes(site) > MOMENT_BYTES:
         return None
     return [Metric.of(m) for m in layer_moments(walk, site, seed=0)]
 

@@ -1,4 +1,4 @@
-"""How long a layer takes, measured: each of its forms as a small ONNX file, one thread, interleaved."""
+"""How long a layer takes: each of its forms as a small ONNX file, run as the device does, one thread, in turns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from edgesolve.device.graph import open_graph
 from edgesolve.host.chain import Chain, Factor
 from edgesolve.host.plan import Candidate
 from edgesolve.host.sites import Site
@@ -81,17 +82,10 @@ def _clock(run: Callable[[], object], n: int) -> float:
 
 
 def _runner(site: Site, chain: Chain) -> Callable[[], object]:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = ort.InferenceSession(
-        to_onnx(site, chain), options, providers=["CPUExecutionProvider"]
-    )
+    graph = open_graph(to_onnx(site, chain), backend="onnx")
     c = site.weight.shape[1] * site.groups
     x = np.random.default_rng(1).normal(size=(1, c, *site.at.before)).astype(np.float32)
-    return lambda: session.run(None, {"x": x})
+    return lambda: graph(x)
 
 
 def to_onnx(site: Site, chain: Chain) -> bytes:

@@ -19,6 +19,10 @@ STEPS = 16
 """Ranks tried along each channel mode, evenly spaced: as many or, of a number it doesn't divide, a few more."""
 ENERGY = 0.05
 """Weight of the relative distortion beside the measured divergence, in nats: breaks ties where KL is flat."""
+CP_SHARES = (0.75, 0.5, 0.32, 0.17, 0.06)
+"""Of a layer's weights: where CP is fitted."""
+CP_SWEEPS = 4
+CP_RANKS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +78,16 @@ def dense_candidate(site: Site) -> Candidate:
     return Candidate("dense", (), site.weight.size, site.macs, 0.0)
 
 
-CP_SHARES = (0.75, 0.5, 0.32, 0.17, 0.06)
-"""Of a layer's weights: where CP is fitted."""
-CP_SWEEPS = 4
-CP_RANKS = 24
+def tucker2_candidates(site: Site, metrics: list[Metric], pivots: bool) -> list[Candidate]:
+    """Tucker-2 on a grid of rank pairs; with one of them full it narrows one side only."""
+    T, c, _, _ = site.shape
+    table = sum(tucker2_curves(m, site.shape) for m in metrics) / sum(m.v for m in metrics)
+    return [
+        _tucker2(site, r_out, r_in, table[r_in - 1, r_out - 1], pivots)
+        for r_in in grid(c)
+        for r_out in grid(T)
+        if (r_in, r_out) != (c, T)
+    ]
 
 
 def cp_candidates(site: Site, metrics: list[Metric]) -> list[Candidate]:
@@ -116,8 +126,8 @@ def candidates(
 ) -> list[Candidate]:
     """Dense and every form of `formats` that stores fewer weights and that no other betters; metrics one per group.
 
-    Tucker-2 on a grid of rank pairs; its special cases narrow one side only. A 1×1 layer is low rank, whatever
-    the format. `pivots`: outer factors have an identity block, which is not stored (`chain.pivoted`).
+    A 1×1 layer is low rank, whatever the format. `pivots`: outer factors have an identity block, which is not
+    stored (`chain.pivoted`).
     """
     T, c, kh, kw = site.shape
     if constant(metrics):
@@ -127,15 +137,8 @@ def candidates(
         curve = sum(lowrank_curve(m) for m in metrics)
         found = [_lowrank(site, r, curve[r] / scale, pivots) for r in grid(min(T, c))]
     else:
-        table = sum(tucker2_curves(m, site.shape) for m in metrics)
-        found = [
-            _tucker2(site, r_out, r_in, table[r_in - 1, r_out - 1] / scale, pivots)
-            for r_in in grid(c)
-            for r_out in grid(T)
-            if (r_in, r_out) != (c, T)
-        ]
-        if "cp" in formats:
-            found += cp_candidates(site, metrics)
+        found = tucker2_candidates(site, metrics, pivots) if "tucker2" in formats else []
+        found += cp_candidates(site, metrics) if "cp" in formats else []
     smaller = [f for f in found if f.params < site.weight.size]
     if not smaller:
         return [dense_candidate(site)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +16,26 @@ from edgesolve.host.adaptable import (
     Backbone,
     Preprocess,
     Teacher,
+    Upto,
     n_channels,
     nodes_until,
     with_virtual_norms,
 )
 from edgesolve.host.capture import batch_size, batches, frame_statistics, largest_activation
-from edgesolve.host.checkpoint import Checkpoint
-from edgesolve.host.clock import Clock
-from edgesolve.host.compose import Composed, frontier, to_drop, to_latency, to_size, try_heads
-from edgesolve.host.decompose import DecomposeOptions, decompose, survey_network, with_seconds
+from edgesolve.host.checkpoint import Checkpoint, digest
+from edgesolve.host.compose import Composed, compose
+from edgesolve.host.decompose import DecomposeOptions, survey_network
 from edgesolve.host.distill import Distilled, HeadOptions, distill
 from edgesolve.host.errors import ModelError
-from edgesolve.host.gates import affordable
 from edgesolve.host.load import Data
-from edgesolve.host.network import Cut, Network, costs, cuts, trace
+from edgesolve.host.network import Cut, Network, trace
+from edgesolve.host.place import Trial, choose_cut
 from edgesolve.host.shards import ALONE, Shards
 from edgesolve.host.thresholds import calibrate
 
 PARITY_FRAMES = 32
 STATISTIC_FRAMES = 2048
 STATISTIC_BYTES = 1 << 27
-SEARCH_FRAMES = 3072
 TEACHER_BYTES = 1 << 25  # of the largest activation in a teacher batch
 
 
@@ -80,6 +80,7 @@ class Built:
     original_onnx: bytes
     prefer: tuple[str, ...] = ()
     int8_report: list[dict] = field(default_factory=list)
+    store: Checkpoint | None = None
 
 
 class Log:
@@ -108,9 +109,12 @@ def build(
     options: BuildOptions,
     log: Log,
     shards: Shards = ALONE,
-    store: Checkpoint | None = None,
-) -> Built:
-    """Run every step; nothing is written but to `store`. Raises ModelError or DataError with one sentence."""
+    work: Path | None = None,
+) -> Built | None:
+    """Run every step; nothing is written but to the folder `work`, from which an interrupted build goes on.
+
+    None in all processes but the first of several. Raises ModelError or DataError with one sentence.
+    """
     log.step("trace the network")
     h, w, c = data.x.shape[1:]
     preprocess = _preprocess(data.x, options)
@@ -123,13 +127,24 @@ def build(
         )
     held_out = np.zeros(len(data), bool)
     held_out[:: max(6, len(data) // 2048)] = True
+    trial = Trial(network, preprocess, data.x, held_out, log)
 
-    small, composed, search = network, None, []
+    small, composed, search, store = network, None, [], None
     if options.decompose is None:
         log.step("choose what the head replaces")
-        cut, search = choose_cut(network, preprocess, data, held_out, options, log)
+        cut, search = choose_cut(trial, options)
     else:
-        composed = compose(network, preprocess, data, held_out, options, log, shards, store)
+        pick = np.flatnonzero(~held_out)
+        pick = pick[
+            np.linspace(0, len(pick) - 1, min(len(pick), options.decompose.frames)).astype(int)
+        ]
+        if work is not None:
+            store = Checkpoint(work, _key(network, preprocess, data.x[pick], options.decompose))
+        given = options.decompose
+        surveyed = survey_network(network, preprocess, data.x[pick], given, log, shards, store)
+        composed = compose(trial, surveyed, options)
+        if shards.rank:
+            return None  # what follows is one process's work
         small, cut = composed.decomposed.network, composed.decomposed.cut
         small = _before(with_virtual_norms(small, sample), cut)
 
@@ -185,129 +200,19 @@ def build(
         original_onnx=original,
         prefer=prefer,
         int8_report=rounded,
+        store=store,
     )
 
 
-def compose(network, preprocess, data, held_out, options, log, shards, store) -> Composed:
-    """The head's place and the decomposition before it that together meet the target."""
-    given, (kind, value) = options.decompose, options.target
-    pick = np.flatnonzero(~held_out)
-    pick = pick[np.linspace(0, len(pick) - 1, min(len(pick), given.frames)).astype(int)]
-    surveyed = survey_network(network, preprocess, data.x[pick], given, log, shards, store)
-    if kind == "latency-ms" or not given.slower:
-        surveyed = with_seconds(surveyed, log)
+def _key(network: Network, preprocess: Preprocess, x: np.ndarray, given: DecomposeOptions) -> str:
+    """What a checkpoint belongs to: the traced network, the frames walked, and how layers are fitted.
 
-    def distil(net: Network, cut: Cut, head: HeadOptions) -> Distilled:
-        few = np.linspace(0, len(data) - 1, min(len(data), SEARCH_FRAMES)).astype(int)
-        x, held = data.x[few], held_out[few]
-        held = held if held.sum() >= 32 else np.arange(len(x)) % 6 == 0
-        teacher = None if net is network else network
-        return distill(net, cut, preprocess, x, held, head, log.progress, teacher)
-
-    log.step("try places for the head")
-    places = [named_cut(network, options.split)] if options.split else heads(network, options.head)
-    tried_heads = try_heads(network, places, distil, options.head, log)
-    tried: list[dict] = []
-    if kind in ("params", "macs"):
-        head, plan = to_size(surveyed, tried_heads, kind, value)
-        got = decompose(surveyed, head.cut, plan, log)
-    elif kind == "latency-ms":
-        clock = Clock(network, preprocess, data.x[:1])
-        head, plan, got, tried = to_latency(surveyed, tried_heads, value, clock, log)
-    else:
-        head, plan, got, tried = to_drop(surveyed, tried_heads, value, distil, options.head, log)
-    return Composed(head, plan, got, frontier(surveyed, tried_heads), tuple(tried))
-
-
-def named_cut(network: Network, name: str) -> Cut:
-    """The place for the head that --split names."""
-    found = cuts(network)
-    for cut in found:
-        if cut.name == name or cut.name.startswith(name + "."):
-            return cut
-    names = ", ".join(c.name for c in found)
-    raise ModelError(f"--split {name}: no such place. The network splits at: {names}.")
-
-
-def heads(network: Network, options: HeadOptions) -> list[Cut]:
-    """Places behind which a head saves parameters and multiply-adds, shallow first."""
-    macs = sum(m for _, m in costs(network).values())
-    classes = network.run(network.example).shape[1]
-    candidates = [
-        c
-        for c in cuts(network)
-        if c.macs_after < 0.9 * macs
-        and affordable(network, c, classes, options.gates, options.ramps)
-    ]
-    if not candidates:
-        raise ModelError(
-            "no split saves parameters and multiply-adds with a convex head; name one with --split."
-        )
-    return candidates
-
-
-def choose_cut(network, preprocess, data, held_out, options, log) -> tuple[Cut, list[dict]]:
-    """The named split, or the cheapest whose held-out agreement (or size) meets the target."""
-    if options.split is not None:
-        return named_cut(network, options.split), []
-    total = costs(network)
-    macs, params = sum(m for _, m in total.values()), sum(p for p, _ in total.values())
-    kind, value = options.target
-    candidates = heads(network, options.head)
-    if kind in ("params", "macs"):
-        left = [
-            1 - c.params_after / params if kind == "params" else 1 - c.macs_after / macs
-            for c in candidates
-        ]
-        fits = [c for c, ratio in zip(candidates, left, strict=True) if ratio <= value]
-        if not fits:
-            raise ModelError(
-                f"--target {kind}={value}: the smallest backbone here keeps {min(left):.2f} of the {kind}."
-            )
-        return fits[-1], []
-    return _search_drop(candidates, value, network, preprocess, data, held_out, options, log)
-
-
-def _search_drop(candidates, drop, network, preprocess, data, held_out, options, log):
-    """Bisect over the candidates, cheapest first; each is measured on held-out rows."""
-    pick = np.linspace(0, len(data) - 1, min(len(data), SEARCH_FRAMES)).astype(int)
-    x, held = data.x[pick], held_out[pick]
-    if held.sum() < 32:
-        held = np.arange(len(x)) % 6 == 0
-    measured: dict[int, float] = {}
-
-    def loss(index: int) -> float:
-        if index not in measured:
-            log.say(f"trying {candidates[index].name}", transient=True)
-            quick = replace(options.head, flip=False)
-            got = distill(network, candidates[index], preprocess, x, held, quick, log.progress)
-            measured[index] = 100.0 * (1.0 - got.agreement)
-        return measured[index]
-
-    low, high = 0, len(candidates) - 1  # high: dearest, hence the surest
-    best = None
-    while low <= high:
-        middle = (low + high) // 2
-        if loss(middle) <= drop:
-            best, high = middle, middle - 1
-        else:
-            low = middle + 1
-    table = [
-        {
-            "split": candidates[i].name,
-            "params_replaced": candidates[i].params_after,
-            "agreement_loss": round(v, 3),
-        }
-        for i, v in sorted(measured.items())
-    ]
-    if best is None:
-        nearest = min(measured, key=measured.get)
-        raise ModelError(
-            f"--target drop={drop:g}: of the splits tried that save anything, the closest loses "
-            f"{measured[nearest]:.2f} points of held-out agreement, --split {candidates[nearest].name}. "
-            "Give more calibration frames, or a larger drop."
-        )
-    return candidates[best], table
+    Not the target: another one begins from the same survey.
+    """
+    graph = [str(node.format_node()) for node in network.nodes]
+    weights = [v.numpy() for _, v in sorted(network.constants.items())]
+    fitting = asdict(replace(given, slower=False))
+    return digest(version("edgesolve"), fitting, asdict(preprocess), graph, x, *weights)
 
 
 def _preprocess(x: np.ndarray, options: BuildOptions) -> Preprocess:
@@ -409,20 +314,9 @@ def _export(networks, cut, found, preprocess, x, options, log):
         stamp.restore(backbone, true)
     log.step("export the original network to compare with")
     original = export.to_onnx(
-        _Whole(network, preprocess), (frames[:2],), ("frames",), free_batch=True
+        Upto(network, preprocess), (frames[:2],), ("frames",), free_batch=True
     )
     return files, backends, original
-
-
-class _Whole(torch.nn.Module):
-    """The unchanged network behind the bundle's preprocessing."""
-
-    def __init__(self, network: Network, preprocess: Preprocess):
-        super().__init__()
-        self.network, self.preprocess = network, preprocess
-
-    def forward(self, frames):
-        return self.network.run(self.preprocess(frames))
 
 
 def _parity(networks, cut, found, preprocess, x, statistics) -> dict[str, np.ndarray]:
@@ -472,4 +366,7 @@ def write(
     built: Built, folder: str | Path, options: BuildOptions, log: Log, provenance: dict
 ) -> dict:
     """Write the bundle beside `folder`, check it with `edgesolve verify`, then rename it; returns the report."""
-    return bundle_writer.write(built, Path(folder), asdict(options), log, provenance)
+    report = bundle_writer.write(built, Path(folder), asdict(options), log, provenance)
+    if built.store is not None:
+        built.store.discard()
+    return report

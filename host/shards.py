@@ -42,6 +42,10 @@ class Shards:
         found = np.split(flat.cpu().numpy(), sizes)
         return [f.reshape(a.shape) for f, a in zip(found, arrays, strict=True)]
 
+    def first(self, values: np.ndarray | float) -> np.ndarray:
+        """What process 0 has: for values that differ between processes, such as seconds."""
+        return self.arrays(np.asarray(values, np.float64) * (self.rank == 0))[0]
+
     def numbers(self, *parts: float) -> list[float]:
         return [float(a) for a in self.arrays(*parts)]
 

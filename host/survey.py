@@ -34,10 +34,15 @@ ADVISED = 10
 """Rows per input that moments should have; with less than one, a layer is left as it is."""
 
 
+def moment_bytes(site: Site) -> int:
+    """Memory for the moments of a layer's input and target, all groups."""
+    return 24 * site.groups * site.weight[0].size ** 2
+
+
 def obstacle(site: Site, n_images: int) -> str:
     """Why a layer can't be fitted to its moments over `n_images` frames, or ''."""
     D, n = site.weight[0].size, n_rows(site, n_images)
-    need = 24 * site.groups * D**2
+    need = moment_bytes(site)
     if need > MOMENT_BYTES:
         bound = MOMENT_BYTES / 2**30
         return f"its moments need {need / 2**30:.0f} GiB, the bound is {bound:g} GiB; left dense"

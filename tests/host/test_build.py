@@ -21,7 +21,7 @@ from edgesolve.device.bundle import open_bundle
 from edgesolve.device.errors import BundleError, ParityError, StateError, UsageError
 from edgesolve.device.runtime import open_runtime
 from edgesolve.device.verify import verify
-from edgesolve.host import bundle_writer, recipe
+from edgesolve.host import bundle_writer, place, recipe
 from edgesolve.host.cli import parser
 from edgesolve.host.distill import HeadOptions
 from edgesolve.host.errors import ModelError
@@ -352,7 +352,8 @@ def test_a_target_picks_the_split(built, calibration):
 
     def choose(target):
         changed = replace(options, split=None, target=target)
-        return recipe.choose_cut(made.network, made.preprocess, data, held_out, changed, log)
+        trial = place.Trial(made.network, made.preprocess, data.x, held_out, log)
+        return place.choose_cut(trial, changed)
 
     cut, table = choose(("params", 0.9))
     assert 1 - cut.params_after / total <= 0.9 and table == []
@@ -376,14 +377,14 @@ def test_the_drop_search_finds_the_cheapest_within_the_target(built, monkeypatch
         tried.append(cut.name)
         return SimpleNamespace(agreement=1 - cut.loss / 100)
 
-    monkeypatch.setattr(recipe, "distill", distill)
+    monkeypatch.setattr(place, "distill", distill)
     log = recipe.Log(lambda *a, **k: None)
     log.step("choose")
-    arguments = None, None, made.data, np.arange(160) % 6 == 0, options, log
-    cut, table = recipe._search_drop(candidates, drop, *arguments)
+    trial = place.Trial(None, None, made.data.x, np.arange(160) % 6 == 0, log)
+    cut, table = place._search_drop(trial, candidates, drop, options.head)
     assert cut.name == f"s{3 - expected}" and len(tried) == len(set(tried)) <= 3
     assert {e["split"]: e["agreement_loss"] for e in table} == {
         c.name: pytest.approx(c.loss) for c in candidates if c.name in tried
     }
     with pytest.raises(ModelError, match=r"--target drop=0\.1: .* loses 0\.40 .* --split s3\."):
-        recipe._search_drop(candidates, 0.1, *arguments)
+        place._search_drop(trial, candidates, 0.1, options.head)

@@ -45,8 +45,12 @@ def total(surveys):
     return sum(s.site.weight.size for s in surveys)
 
 
+def planned(surveys, share):
+    return choose(surveys, "params", share * total(surveys))
+
+
 def run(network, surveys, share, *, gammas=None, options=QUICK, **more):
-    plan = choose(surveys, "params", share * total(surveys))
+    plan = planned(surveys, share)
     reasons = {s.site.name: s.reason for s in surveys}
     return compress(small.walk(network, FRAMES), plan, reasons, gammas, options, **more)
 
@@ -120,7 +124,7 @@ def test_the_divergence_is_that_of_the_network_that_comes_out(halved, accepts_on
 
 def test_the_report_counts_what_is_stored(surveyed, halved):
     _, surveys = surveyed()
-    again = trace(halved.module, small.IMAGE)
+    plan, again = planned(surveys, 0.5), trace(halved.module, small.IMAGE)
     by_name = {}
     for site in sites(again)[0]:
         by_name.setdefault(site.name, []).append(site)
@@ -133,10 +137,10 @@ def test_the_report_counts_what_is_stored(surveyed, halved):
             "after": weights + len(s.site.bias),
         }
         assert step.bytes == {k: 4 * v for k, v in step.params.items()}
-        candidate = halved.plan.chosen[s.site.node]
+        candidate = plan.chosen[s.site.node]
         assert step.macs == {"before": s.site.macs, "after": candidate.macs}
         assert weights == candidate.params and step.ranks == candidate.ranks
-    assert halved.plan.allocation.cost <= 0.5 * total(surveys)
+    assert plan.allocation.cost <= 0.5 * total(surveys)
     assert as_rows(halved.steps)[0] == asdict(halved.steps[0])
 
 
@@ -155,7 +159,7 @@ def independent(network, surveys, plan):
 def test_one_behind_the_other_beats_each_on_its_own(surveyed, seed):
     network, surveys = surveyed(seed)
     found = run(network, surveys, 0.4)
-    alone = independent(network, surveys, found.plan)
+    alone = independent(network, surveys, planned(surveys, 0.4))
     held_out = small.images(400, seed=7)
     original = network.run(small.PLAIN(torch.from_numpy(held_out)))
     lost, published = (

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from layer_rows import metric_of, rows
 
 from edgesolve.host import cp as module
 from edgesolve.host import tucker
 from edgesolve.host.cp import balanced, cp, khatri_rao, refitted_mode, refitted_output
 from edgesolve.host.metric import Metric
-from edgesolve.kernels.moments import Moments
 
 SHAPE = (5, 4, 3, 2)
 RANK = 4
-
-
-def rows(shape=SHAPE, seed=0, n=900):
-    g = np.random.default_rng(seed)
-    D = int(np.prod(shape[1:]))
-    x = g.standard_normal((n, D)) @ (g.standard_normal((D, D)) * 0.9 ** np.arange(D)[:, None])
-    W = g.standard_normal(shape) * np.linspace(1.5, 0.5, shape[1])[:, None, None]
-    t = x @ W.reshape(shape[0], D).T + 0.3 * g.standard_normal((n, shape[0]))
-    return x + g.standard_normal(D), t, W
-
-
-def metric_of(shape=SHAPE, seed=0):
-    x, t, _ = rows(shape, seed)
-    return Metric.of(Moments.of(x, t))
 
 
 def terms(dims, seed=0, rank=RANK):
@@ -47,7 +33,7 @@ def dense(metric, weight_of, shape):
 
 @pytest.mark.parametrize("dims", [(4, 3, 2), (4, 6)])
 def test_every_update_is_a_dense_least_squares_solve(dims, accepts_only):
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     modes, u_out = terms(dims)
 
     def check(found, expected):
@@ -67,7 +53,7 @@ def test_every_update_is_a_dense_least_squares_solve(dims, accepts_only):
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_the_iterated_update_descends_nearly_as_far(at, monkeypatch):
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     modes, u_out = terms((4, 3, 2))
 
     def distortion(u):
@@ -83,7 +69,7 @@ def test_the_iterated_update_descends_nearly_as_far(at, monkeypatch):
 @pytest.mark.parametrize("dense_up_to", [0, 500])
 def test_sweeps_never_ascend(separable, dense_up_to, monkeypatch):
     monkeypatch.setattr(tucker, "DENSE_UNKNOWNS", dense_up_to)
-    metric = metric_of()
+    metric = metric_of(SHAPE)
 
     def at(sweeps):
         chain = cp(metric, SHAPE, RANK, separable=separable, sweeps=sweeps, seeds=0, tol=0)
@@ -96,7 +82,7 @@ def test_sweeps_never_ascend(separable, dense_up_to, monkeypatch):
 
 def test_the_start_keeps_the_largest_terms():
     """For S = A ⊗ I the slices' terms are orthogonal: what is left out is at most their energy."""
-    W, A = rows()[2], np.cov(np.random.default_rng(1).standard_normal((4, 9)))
+    W, A = rows(SHAPE)[2], np.cov(np.random.default_rng(1).standard_normal((4, 9)))
     R = np.linalg.cholesky(A)
     metric = Metric.symmetric(W, np.kron(A, np.eye(6)))
     white = np.einsum("tchw,cp->tphw", W, R)
@@ -109,7 +95,7 @@ def test_the_start_keeps_the_largest_terms():
 
 
 def test_starts_beyond_the_bound_do_not_count(monkeypatch):
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     first, h, w, _ = (f.weight for f in cp(metric, SHAPE, RANK, seeds=0).factors)
     good = [first[..., 0, 0].T, h[:, 0, :, 0].T, w[:, 0, 0, :].T]
     start = metric.distortion(cp(metric, SHAPE, RANK, sweeps=0, seeds=0).full())
@@ -120,14 +106,14 @@ def test_starts_beyond_the_bound_do_not_count(monkeypatch):
 
 
 def test_a_random_start_can_only_help():
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     found = [metric.distortion(cp(metric, SHAPE, RANK, seeds=s).full()) for s in range(4)]
     assert np.all(np.diff(found) <= 0)
 
 
 @pytest.mark.parametrize("separable", [True, False])
 def test_planted_terms_are_found(separable):
-    x, _, _ = rows()
+    x, _, _ = rows(SHAPE)
     (c, h, w), u_out = terms((4, 3, 2), seed=3, rank=2)
     W = np.einsum("tr,cr,hr,wr->tchw", u_out, c, h, w)
     metric = Metric.symmetric(W, np.cov(x.T))

@@ -66,6 +66,14 @@ def test_forms_of_one_channel_count(layer):
         assert (candidate.params, candidate.macs) == (chain.n_params, chain.macs(site.at))
 
 
+@pytest.mark.parametrize("formats", [("tucker2",), ("cp",)])
+def test_only_the_formats_asked_for_are_tried(layer, formats):
+    site, metrics = layer
+    found = {c.format for c in candidates(site, metrics, formats)[1:]}
+    assert found <= {"lowrank" if site.shape[2:] == (1, 1) else formats[0]}
+    assert found or site.weight.size < 60 or "cp" in formats
+
+
 def test_distortions_are_those_of_the_factorisation(layer):
     site, metrics = layer
     scale = sum(m.v for m in metrics)

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from layer_rows import metric_of, rows
 from scipy.optimize import minimize
 
 from edgesolve.host import tucker
 from edgesolve.host.metric import Metric
 from edgesolve.host.tensor_train import _first, tensor_train
-from edgesolve.kernels.moments import Moments
 
 SHAPE = (5, 4, 3, 2)
 RANKS = [(2, 3, 2), (3, 4, 3), (4, 4, 5), (4, 2, 3), (2, 3, 5)]
-
-
-def rows(shape=SHAPE, seed=0, n=900):
-    g = np.random.default_rng(seed)
-    D = int(np.prod(shape[1:]))
-    x = g.standard_normal((n, D)) @ (g.standard_normal((D, D)) * 0.9 ** np.arange(D)[:, None])
-    W = g.standard_normal(shape) * np.linspace(1.5, 0.5, shape[1])[:, None, None]
-    t = x @ W.reshape(shape[0], D).T + 0.3 * g.standard_normal((n, shape[0]))
-    return x + g.standard_normal(D), t, W
-
-
-def metric_of(shape=SHAPE, seed=0):
-    x, t, _ = rows(shape, seed)
-    return Metric.of(Moments.of(x, t))
 
 
 def tt_svd(W, ranks):
@@ -42,7 +28,7 @@ def tt_svd(W, ranks):
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_in_weight_space_without_sweeps_it_is_the_tt_svd(ranks, accepts_only):
-    _, _, W = rows()
+    _, _, W = rows(SHAPE)
     expected = tt_svd(W, ranks)
 
     def equal(answer):
@@ -55,7 +41,7 @@ def test_in_weight_space_without_sweeps_it_is_the_tt_svd(ranks, accepts_only):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_sweeps_never_ascend(ranks, dense, monkeypatch):
     monkeypatch.setattr(tucker, "DENSE_UNKNOWNS", dense)
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     found = [
         metric.distortion(tensor_train(metric, SHAPE, ranks, sweeps=s, tol=0).full())
         for s in range(8)
@@ -67,7 +53,7 @@ def test_sweeps_never_ascend(ranks, dense, monkeypatch):
 @pytest.mark.parametrize("ranks", RANKS[:3])
 def test_every_core_is_the_best_given_the_others_in_the_end(ranks):
     """The distortion is quadratic in a core: a dense least-squares solve for each finds nothing to gain."""
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     chain = tensor_train(metric, SHAPE, ranks, sweeps=500, tol=1e-13)
     R, _, M = metric.whitened()
     for at, factor in enumerate(chain.factors):
@@ -83,7 +69,7 @@ def test_every_core_is_the_best_given_the_others_in_the_end(ranks):
 
 
 def test_the_first_update_and_what_its_neighbour_takes_up_are_a_dense_solve(accepts_only):
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     chain = tensor_train(metric, SHAPE, (2, 3, 2), sweeps=0)
     first, second, third, last = (f.weight for f in chain.factors)
     basis, carry = _first(
@@ -138,7 +124,7 @@ def test_a_numeric_descent_on_both_kernels_gains_nothing():
 
 
 def test_a_planted_train_is_found():
-    x, _, _ = rows()
+    x, _, _ = rows(SHAPE)
     g = np.random.default_rng(5)
     a, b, d, e = (g.standard_normal(s) for s in ((4, 2), (2, 3, 3), (3, 2, 2), (2, 5)))
     W = np.einsum("cx,xhy,ywz,zt->tchw", a, b, d, e)
@@ -148,7 +134,7 @@ def test_a_planted_train_is_found():
 
 def test_full_outer_ranks_drop_their_factor():
     def axes(ranks):
-        return [f.axes for f in tensor_train(metric_of(), SHAPE, ranks).factors]
+        return [f.axes for f in tensor_train(metric_of(SHAPE), SHAPE, ranks).factors]
 
     assert axes((2, 3, 2)) == ["", "h", "w", ""]
     assert axes((4, 3, 2)) == ["h", "w", ""]
@@ -160,4 +146,4 @@ def test_the_middle_rank_is_bounded_by_its_neighbours():
     with pytest.raises(
         ValueError, match=r"tensor_train of a \(5, 4, 3, 2\) weight takes .*r2 in 1\.\.4"
     ):
-        tensor_train(metric_of(), SHAPE, (2, 5, 2))
+        tensor_train(metric_of(SHAPE), SHAPE, (2, 5, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from layer_rows import metric_of, rows
 from scipy.sparse.linalg import minres
 
 from edgesolve.host import tucker
@@ -21,20 +22,6 @@ from edgesolve.kernels.moments import Moments
 
 SHAPE = (6, 5, 3, 2)
 PAIRS = [(2, 2), (4, 3), (6, 2), (2, 5), (3, 4)]
-
-
-def rows(shape=SHAPE, seed=0, n=900):
-    g = np.random.default_rng(seed)
-    D = int(np.prod(shape[1:]))
-    x = g.standard_normal((n, D)) @ (g.standard_normal((D, D)) * 0.9 ** np.arange(D)[:, None])
-    W = g.standard_normal(shape) * np.linspace(1.5, 0.5, shape[1])[:, None, None]
-    t = x @ W.reshape(shape[0], D).T + 0.3 * g.standard_normal((n, shape[0]))
-    return x + g.standard_normal(D), t, W
-
-
-def metric_of(shape=SHAPE, seed=0):
-    x, t, _ = rows(shape, seed)
-    return Metric.of(Moments.of(x, t))
 
 
 def kron(u, shape=SHAPE):
@@ -60,7 +47,7 @@ def dense_input(metric, cores, u_out, n):
 
 
 def test_the_input_update_is_a_dense_least_squares_solve(accepts_only):
-    metric, u = metric_of(), input_basis(metric_of(), 5)[:, :3]
+    metric, u = metric_of(SHAPE), input_basis(metric_of(SHAPE), 5)[:, :3]
     u_out, core = reduced_rank(narrowed(metric, u), 4)
     cores = core.reshape(4, 3, 6).transpose(1, 2, 0)
     expected = dense_input(metric, cores, u_out, 5)
@@ -72,7 +59,7 @@ def test_the_input_update_is_a_dense_least_squares_solve(accepts_only):
 
 
 def test_the_iterated_update_descends_nearly_as_far(monkeypatch):
-    metric, u = metric_of(), input_basis(metric_of(), 5)[:, :3]
+    metric, u = metric_of(SHAPE), input_basis(metric_of(SHAPE), 5)[:, :3]
     u_out, core = reduced_rank(narrowed(metric, u), 4)
     cores = core.reshape(4, 3, 6).transpose(1, 2, 0)
 
@@ -87,7 +74,7 @@ def test_the_iterated_update_descends_nearly_as_far(monkeypatch):
 
 def test_core_and_output_are_jointly_optimal():
     """No separate solve beats it, and it is what an SVD of the projected target gives."""
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     R, _, M = metric.whitened()
     for r_out, r_in in PAIRS[:2]:
         u = input_basis(metric, 5)[:, :r_in]
@@ -106,7 +93,7 @@ def test_core_and_output_are_jointly_optimal():
 @pytest.mark.parametrize("ranks", PAIRS)
 def test_sweeps_never_ascend(ranks, dense, monkeypatch):
     monkeypatch.setattr(tucker, "DENSE_UNKNOWNS", dense)
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     found = [
         metric.distortion(tucker2(metric, SHAPE, ranks, sweeps=s, tol=0).full()) for s in range(8)
     ]
@@ -117,14 +104,14 @@ def test_sweeps_never_ascend(ranks, dense, monkeypatch):
 
 @pytest.mark.parametrize("ranks", [(2, 2), (4, 3), (6, 2)])
 def test_the_answer_is_jointly_optimal_at_its_own_input_factor(ranks):
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     chain = tucker2(metric, SHAPE, ranks)
     curve = lowrank_curve(narrowed(metric, chain.factors[0].weight[:, :, 0, 0].T))
     assert metric.distortion(chain.full()) == pytest.approx(curve[ranks[0]], rel=1e-9)
 
 
 def test_a_planted_weight_is_found():
-    x, _, _ = rows()
+    x, _, _ = rows(SHAPE)
     g = np.random.default_rng(5)
     core, u_in, u_out = (
         g.standard_normal((3, 2, 3, 2)),
@@ -138,7 +125,7 @@ def test_a_planted_weight_is_found():
 
 def test_full_outer_ranks_drop_their_factor():
     def axes(ranks):
-        return [f.axes for f in tucker2(metric_of(), SHAPE, ranks).factors]
+        return [f.axes for f in tucker2(metric_of(SHAPE), SHAPE, ranks).factors]
 
     assert axes((3, 2)) == ["", "hw", ""]
     assert axes((3, 5)) == ["hw", ""]
@@ -164,14 +151,14 @@ def test_the_table_is_every_pair_at_the_start(shape, accepts_only):
 
 
 def test_the_last_row_of_the_table_is_low_rank():
-    metric = metric_of()
+    metric = metric_of(SHAPE)
     np.testing.assert_allclose(
         tucker2_curves(metric, SHAPE)[-1], lowrank_curve(metric)[1:], rtol=1e-9
     )
 
 
 def test_the_table_of_a_rank_deficient_input():
-    x, t, _ = rows()
+    x, t, _ = rows(SHAPE)
     x[:, 6:12] = 0.0
     x[:, 13] = x[:, 14]
     metric = Metric.of(Moments.of(x, t))
@@ -182,7 +169,7 @@ def test_the_table_of_a_rank_deficient_input():
 
 
 def test_the_start_in_weight_space_is_the_hosvd(accepts_only):
-    _, _, W = rows()
+    _, _, W = rows(SHAPE)
     U = np.linalg.svd(W.transpose(1, 2, 3, 0).reshape(5, -1))[0][:, :2]
 
     def same_span(u):
@@ -192,7 +179,7 @@ def test_the_start_in_weight_space_is_the_hosvd(accepts_only):
 
 
 def test_the_narrowed_metric_is_that_of_narrowed_rows():
-    x, t, _ = rows()
+    x, t, _ = rows(SHAPE)
     u = np.random.default_rng(1).standard_normal((5, 2))
     small = narrowed(Metric.of(Moments.of(x, t)), u)
     expected = Metric.of(Moments.of(x @ kron(u), t))
@@ -201,7 +188,7 @@ def test_the_narrowed_metric_is_that_of_narrowed_rows():
 
 
 def test_a_published_sweep_is_three_least_squares_solves(accepts_only):
-    x, _, W = rows()
+    x, _, W = rows(SHAPE)
     metric = Metric.symmetric(W, x.T @ x / len(x))
     R, _, M = metric.whitened()
     u_in = np.linalg.svd(W.transpose(1, 2, 3, 0).reshape(5, -1))[0][:, :2]
@@ -224,7 +211,7 @@ def test_a_published_sweep_is_three_least_squares_solves(accepts_only):
 
 
 def test_a_published_rise_restores_the_last_state(monkeypatch):
-    metric, calls = metric_of(), []
+    metric, calls = metric_of(SHAPE), []
 
     def broken(operator, right, **options):
         calls.append(None)
@@ -237,7 +224,7 @@ def test_a_published_rise_restores_the_last_state(monkeypatch):
 
 
 def test_published_and_ours_meet():
-    x, _, W = rows()
+    x, _, W = rows(SHAPE)
     metric = Metric.symmetric(W, x.T @ x / len(x))
     ours = metric.distortion(tucker2(metric, SHAPE, (4, 3), sweeps=100, tol=1e-9).full())
     theirs = metric.distortion(tucker2_published(metric, SHAPE, (4, 3)).full())
@@ -248,7 +235,7 @@ def test_published_and_ours_meet():
 
 @pytest.mark.parametrize("ranks", [(6, 5), (6, 2), (2, 5)])
 def test_published_at_full_outer_ranks(ranks):
-    x, _, W = rows()
+    x, _, W = rows(SHAPE)
     metric = Metric.symmetric(W, x.T @ x / len(x))
     ours = metric.distortion(tucker2(metric, SHAPE, ranks, sweeps=50).full())
     theirs = metric.distortion(tucker2_published(metric, SHAPE, ranks, sweeps=30).full())
@@ -256,8 +243,8 @@ def test_published_at_full_outer_ranks(ranks):
 
 
 def test_sigma_of_other_data_costs_and_still_beats_the_weight_space():
-    x, _, W = rows()
-    scale = np.exp(0.2 * np.random.default_rng(0).standard_normal(metric_of().D))
+    x, _, W = rows(SHAPE)
+    scale = np.exp(0.2 * np.random.default_rng(0).standard_normal(metric_of(SHAPE).D))
     own = Metric.symmetric(W, np.cov(x.T))
     other = Metric.symmetric(W, np.cov((x * scale).T))
     plain = Metric.weight_space(W)
