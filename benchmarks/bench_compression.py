@@ -16,15 +16,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import compression_sections as sections
 import torch
-from environment import ROOT, environment, say, short
-from figures import aligned, keep, plain_rows, text
+from measure import measure, parsed, parser
 
 SECTIONS = {
     "resnet20": sections.resnet20,
@@ -53,25 +51,17 @@ class Bench:
 
 def main() -> None:
     args = _arguments()
-    bench = Bench(args.quick, args.ablate, args.budgets, args.nets, args.threads)
-    torch.set_num_threads(bench.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    record, bars = args.out / "compression.json", []
-    for name in args.only:
-        say(f"== {name}")
-        env, began = environment(bench.threads), time.perf_counter()
-        figures, details = SECTIONS[name](bench)
-        seconds = time.perf_counter() - began
-        print(f"\n{name} ({seconds:.0f} s, commit {env['commit']})\n{text(figures)}", flush=True)
-        for caption, rows in details.get("tables", {}).items():
-            print(f"\n{caption}\n{aligned(rows)}", flush=True)
-        bars += [f.met for f in figures if f.met is not None]
-        section = {"environment": env, "seconds": seconds, "quick": bench.quick}
-        section |= {"figures": plain_rows(figures), "details": details}
-        kept = keep(record, SECTIONS, name, section, "Closed-form compression, measured")
-        draw(kept, record.with_suffix(".png"))
-    page = record.with_suffix(".md")
-    print(f"\n{sum(bars)} of {len(bars)} bars met; {short(record)}, {short(page)}")
+    torch.set_num_threads(args.threads)
+    measure(
+        SECTIONS,
+        args.only,
+        Bench(args.quick, args.ablate, args.budgets, args.nets, args.threads),
+        args.out / "compression.json",
+        "Closed-form compression, measured",
+        threads=args.threads,
+        quick=args.quick,
+        draw=draw,
+    )
 
 
 def draw(kept: dict[str, dict[str, Any]], path: Path) -> None:
@@ -110,20 +100,12 @@ def draw(kept: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--only", default=",".join(SECTIONS), metavar="A,B")
-    p.add_argument("--quick", action="store_true")
+    p = parser(__doc__, SECTIONS)
     p.add_argument("--ablate", action="store_true", help="leave out parts of the recipe in turn")
     p.add_argument("--budgets", default="", metavar=".5,.3", help="instead of a section's own")
     p.add_argument("--nets", default="", metavar="A,B", help=f"of {', '.join(sections.NETS)}")
-    p.add_argument("--out", type=Path, default=ROOT / "bench_out")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
-    args = p.parse_args()
-    args.only = args.only.split(",")
-    if unknown := set(args.only) - set(SECTIONS):
-        p.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    args = parsed(p, SECTIONS)
     args.nets = tuple(n for n in args.nets.split(",") if n)
     if unknown := set(args.nets) - set(sections.NETS):
         p.error(f"--nets: no network {', '.join(sorted(unknown))}")
@@ -131,7 +113,6 @@ def _arguments() -> argparse.Namespace:
         args.budgets = tuple(float(b) for b in args.budgets.split(",") if b)
     except ValueError:
         p.error(f"--budgets: shares such as .5,.3, got {args.budgets}")
-    args.out = args.out.resolve() / "quick" if args.quick else args.out.resolve()
     return args
 
 

@@ -15,8 +15,11 @@ EPILOG = """example:
 
 MODEL is file.py:callable, package.module:callable (literal arguments allowed, nets.py:resnet(20)), or a .pt2 file.
 CALIB is a folder of images, an .npy, or an .npz with x (n, h, w, c) and optional y, which is only reported on.
+A --decompose build that is interrupted, or fails, leaves BUNDLE.work; the same command goes on from there.
 Frames enter the model as (x * scale - mean) / std; scale defaults to 1/255 for uint8 and to 1 otherwise.
 exit codes: 0 done, 2 usage, 5 an exported file disagrees with torch, 7 model or data unusable, 8 cannot write."""
+
+TARGETS, MEASURED = ("drop", "params", "macs"), ("bytes", "latency-ms")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--target",
         default="drop=1.0",
-        help="drop=POINTS (default 1.0), params=R or macs=R; with --decompose also latency-ms=T on this machine",
+        help="drop=POINTS (default 1.0), params=R or macs=R; with --decompose also bytes=R, or latency-ms=T on this "
+        "machine; R of the original",
     )
     p.add_argument(
         "--decompose",
@@ -57,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
         "--slower",
         action="store_true",
         help="keep decomposed layers that are smaller but were not faster when timed here",
+    )
+    p.add_argument(
+        "--align",
+        type=int,
+        default=8,
+        help="ranks are multiples of it, as runtimes compute channels in blocks (default 8; 1: smallest in weights)",
     )
     p.add_argument("--scale", type=float)
     p.add_argument("--mean", type=_floats, help="comma-separated, after scaling")
@@ -151,15 +161,13 @@ def _options(args, p):
         target = (kind, float(value))
     except ValueError:
         target = ("", 0.0)
-    if target[0] not in ("drop", "params", "macs", "latency-ms") or not 0 < target[1] < float(
-        "inf"
-    ):
+    if target[0] not in (*TARGETS, *MEASURED) or not 0 < target[1] < float("inf"):
         raise UsageError(
-            f"--target {args.target}: expected drop=1.0, params=0.5, macs=0.5 or latency-ms=2.5."
+            f"--target {args.target}: expected drop=1.0, params=0.5, macs=0.5, bytes=0.25 or latency-ms=2.5."
         )
-    if target[0] == "latency-ms" and not args.decompose:
+    if target[0] in MEASURED and not args.decompose:
         raise UsageError(
-            "--target latency-ms needs --decompose: layers are chosen by their measured time."
+            f"--target {target[0]} needs --decompose: it is met by the forms that layers take."
         )
     backends = tuple(b for b in args.backends.split(",") if b)
     if not backends or set(backends) - {"onnx", "litert"}:
@@ -199,8 +207,11 @@ def _decompose(args):
         raise UsageError(f"--formats {args.formats}: expected tucker2, cp or both.")
     if args.frames < 64:
         raise UsageError(f"--frames {args.frames}: at least 64 are needed, 1024 are advised.")
+    if args.align < 1:
+        raise UsageError(f"--align {args.align}: expected a number of channels, 1 or more.")
     return DecomposeOptions(
         frames=args.frames,
+        align=args.align,
         formats=formats,
         slower=args.slower,
         fit=FitOptions(pivots=False, seed=args.seed),

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from edgesolve.host.clock import Clock
 from edgesolve.host.decompose import Decomposed, Surveyed, decompose, planned, with_seconds
 from edgesolve.host.distill import Distilled, HeadOptions
 from edgesolve.host.errors import ModelError
 from edgesolve.host.network import Cut, costs
 from edgesolve.host.place import Trial, named_cut, places
 from edgesolve.host.plan import Plan
+from edgesolve.host.ruler import Ruler, file_bytes, milliseconds
 from edgesolve.host.sensitivity import divergence
 
 HEADS = 4
 """Places for the head that are tried, evenly spaced among those that save anything."""
 TRIES = 5
-"""Budgets tried to meet a drop or a latency."""
+"""Budgets tried to meet a drop, a latency or a size in bytes."""
 FRONTIER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
@@ -50,9 +49,9 @@ def compose(trial: Trial, surveyed: Surveyed, options) -> Composed:
 
     options: recipe.BuildOptions. Raises ModelError naming the closest that can be reached.
     """
-    (kind, value), log = options.target, trial.log
+    (kind, value), log, int8 = options.target, trial.log, options.int8 is not None
     if kind == "latency-ms" or not surveyed.options.slower:
-        surveyed = with_seconds(surveyed, log)
+        surveyed = with_seconds(surveyed, log, int8)
     log.step("try places for the head")
     network, split = trial.network, options.split
     found = [named_cut(network, split)] if split else places(network, options.head)
@@ -60,11 +59,12 @@ def compose(trial: Trial, surveyed: Surveyed, options) -> Composed:
     if kind in ("params", "macs"):
         head, plan = to_size(surveyed, heads, kind, value)
         got = decompose(surveyed, head.cut, plan, log)
-    elif kind == "latency-ms":
-        clock = Clock(network, trial.preprocess, trial.x[:1], surveyed.shards)
-        head, plan, got, tried = to_latency(surveyed, heads, value, clock, log)
-    else:
+    elif kind == "drop":
         head, plan, got, tried = to_drop(surveyed, heads, value, trial, options.head)
+    else:
+        ruler = (milliseconds if kind == "latency-ms" else file_bytes)(surveyed, trial.x, int8)
+        wanted = value if kind == "latency-ms" else value * ruler.reference
+        head, plan, got, tried = to_measured(surveyed, heads, options.target, wanted, ruler, log)
     return Composed(head, plan, got, frontier(surveyed, heads), tuple(tried))
 
 
@@ -141,51 +141,46 @@ def to_drop(
     return *best, tried
 
 
-def to_latency(
+def to_measured(
     surveyed: Surveyed,
     heads: list[Head],
-    milliseconds: float,
-    clock: Callable[[Decomposed | None], float],
+    target: tuple[str, float],
+    wanted: float,
+    ruler: Ruler,
     log,
 ) -> tuple[Head, Plan, Decomposed, list[dict]]:
-    """The least harmful network that answers within `milliseconds` on this machine, one thread.
+    """The least harmful network that costs at most `wanted` by `ruler`.
 
-    `clock(decomposed)` measures seconds a frame up to the cut, of the whole original where it is None. Layers are
-    allocated on their own measured seconds, scaled to the whole; a network that turns out slower tightens the
-    budget.
+    Layers are allocated on their own costs; where the whole then comes out dearer, the budget is tightened.
     """
-    whole = clock(None)
-    layers = sum(_dense(t) for t in surveyed.seconds.values())
-    scale, wanted, tried = whole / layers, milliseconds / 1e3, []
-    budget = wanted
+    budget, tried = wanted, []
     for _ in range(TRIES):
-        plans = []
+        plans, nearest = [], np.inf
         for head in heads:
-            own = own_seconds(surveyed, head)
+            own = ruler.of_head(head.cut, head.params, head.macs)
             try:
-                plan = planned(surveyed, head.cut.node, "seconds", budget / scale - own)
+                plan = planned(surveyed, head.cut.node, ruler.unit, budget - own, ruler)
                 plans.append((plan.allocation.loss + head.divergence, head, plan))
             except ValueError:
-                continue
+                before = surveyed.layers_before(head.cut.node)
+                least = sum(min(ruler(s.site, c) for c in s.candidates) for s in before)
+                nearest = min(nearest, least + own)
         if not plans:
             break
         _, head, plan = min(plans, key=lambda p: p[0])
         got = decompose(surveyed, head.cut, plan, log)
-        took = clock(got) + scale * own_seconds(surveyed, head)
+        cost = ruler.measure(got) + ruler.of_head(head.cut, head.params, head.macs)
         tried.append(
-            {
-                "budget_ms": round(1e3 * budget, 3),
-                "split": head.cut.name,
-                "p50_ms": round(1e3 * took, 3),
-            }
+            {"unit": ruler.unit, "budget": round(budget, 3), "split": head.cut.name, "cost": cost}
         )
-        if took <= wanted:
+        if cost <= wanted:
             return head, plan, got, tried
-        budget *= wanted / took
-    best = min((t["p50_ms"] for t in tried), default=float("nan"))
+        budget *= wanted / cost
+    best = min([t["cost"] for t in tried] or [nearest])
+    kind, value = target
     raise ModelError(
-        f"--target latency-ms={milliseconds:g}: the original takes {1e3 * whole:.3f} ms here, the closest reached "
-        f"is {best:.3f} ms."
+        f"--target {kind}={value:g}, {wanted:.6g} {ruler.unit}: the original takes {ruler.reference:.6g} {ruler.unit} "
+        f"here, the closest that can be reached takes {best:.6g}."
     )
 
 
@@ -200,14 +195,3 @@ def frontier(surveyed: Surveyed, heads: list[Head]) -> tuple[tuple[int, float], 
             continue
         found.append((int(share * total), plan.allocation.loss + head.divergence))
     return tuple(found)
-
-
-def own_seconds(surveyed: Surveyed, head: Head) -> float:
-    """An estimate for the head: what it stands for took, by the share of multiply-adds."""
-    before = {s.site.node for s in surveyed.layers_before(head.cut.node)}
-    behind = sum(_dense(t) for node, t in surveyed.seconds.items() if node not in before)
-    return behind * head.macs / max(head.cut.macs_after, 1)
-
-
-def _dense(took) -> float:
-    return next(v for c, v in took.items() if c.format == "dense")

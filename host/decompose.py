@@ -14,7 +14,7 @@ from edgesolve.host.checkpoint import Checkpoint, digest
 from edgesolve.host.compress import Compression, compress
 from edgesolve.host.errors import ModelError
 from edgesolve.host.fit import FitOptions
-from edgesolve.host.latency import seconds
+from edgesolve.host.latency import survey_seconds
 from edgesolve.host.network import Cut, Network, cuts, trace
 from edgesolve.host.plan import FORMATS, Candidate, Plan, Survey, choose, dense_candidate
 from edgesolve.host.sensitivity import fisher
@@ -27,7 +27,8 @@ from edgesolve.host.walk import Walk
 @dataclass(frozen=True, slots=True)
 class DecomposeOptions:
     """`frames` are walked, the divergence is measured on `probe_frames` of them and the output metric on
-    `fisher_frames`. `slower`: also keep layers that are smaller but were not faster when measured.
+    `fisher_frames`. `slower`: also keep layers that are smaller but were not faster when measured. `align`: ranks
+    are multiples of it, since runtimes compute channels in blocks.
     """
 
     frames: int = 1024
@@ -35,6 +36,7 @@ class DecomposeOptions:
     fisher_frames: int = 512
     formats: tuple[str, ...] = FORMATS
     slower: bool = False
+    align: int = 1
     # Exporters store a 1×1 factor whole, so identity blocks would be counted but not won.
     fit: FitOptions = field(default_factory=lambda: FitOptions(pivots=False))
 
@@ -93,6 +95,7 @@ def survey_network(
                 refused,
                 formats=options.formats,
                 pivots=options.fit.pivots,
+                align=options.align,
                 n_probe=options.probe_frames,
                 seed=options.fit.seed,
                 progress=log.progress,
@@ -105,22 +108,23 @@ def survey_network(
     return Surveyed(network, preprocess, x, found, surveys, gammas, {}, options, shards, store)
 
 
-def with_seconds(surveyed: Surveyed, log) -> Surveyed:
-    """With the seconds of every form measured on this machine; forms that win no time are dropped unless the
-    options keep them."""
+def with_seconds(surveyed: Surveyed, log, int8: bool = False) -> Surveyed:
+    """With the seconds of every form measured on this machine, in float or int8; forms that win no time are dropped
+    unless the options keep them."""
     log.step("time each layer's forms")
-    table: dict[str, dict[Candidate, float]] = {}
-    stored = surveyed.store.arrays("seconds") if surveyed.store else None
-    for i, s in enumerate(surveyed.surveys):
-        if stored is None:
-            took = surveyed.shards.first(seconds(s.site, list(s.candidates))).tolist()
-        else:
-            took = stored[str(i)].tolist()
-        table[s.site.node] = dict(zip(s.candidates, took, strict=True))
-        log.progress(i + 1, len(surveyed.surveys))
-    if surveyed.store and stored is None:
-        rows = {str(i): np.array(list(t.values())) for i, t in enumerate(table.values())}
-        surveyed.store.save_arrays("seconds", rows)
+    name = "seconds-int8" if int8 else "seconds"
+    stored = surveyed.store.arrays(name) if surveyed.store else None
+    if stored is None:
+        took = survey_seconds(surveyed.surveys, int8, log.progress)
+        took = [surveyed.shards.first(t).tolist() for t in took]
+        if surveyed.store:
+            surveyed.store.save_arrays(name, {str(i): np.array(t) for i, t in enumerate(took)})
+    else:
+        took = [stored[str(i)].tolist() for i in range(len(surveyed.surveys))]
+    table = {
+        s.site.node: dict(zip(s.candidates, t, strict=True))
+        for s, t in zip(surveyed.surveys, took, strict=True)
+    }
     surveys = surveyed.surveys
     if not surveyed.options.slower:
         surveys = [_only_faster(s, table[s.site.node]) for s in surveys]
@@ -136,14 +140,17 @@ def _only_faster(s: Survey, took: Mapping[Candidate, float]) -> Survey:
     return replace(s, candidates=kept, reason=reason)
 
 
-def planned(surveyed: Surveyed, cut: str, kind: str, budget: float) -> Plan:
-    """The plan for the layers up to `cut`; kind: params, macs, or seconds as measured.
+def planned(
+    surveyed: Surveyed,
+    cut: str,
+    kind: str,
+    budget: float,
+    cost: Callable[[Site, Candidate], float] | None = None,
+) -> Plan:
+    """The plan for the layers up to `cut`; kind: params or macs, or another with its `cost`.
 
     Raises ValueError naming the closest reachable budget.
     """
-    cost: Callable[[Site, Candidate], float] | None = None
-    if kind == "seconds":
-        cost = lambda site, candidate: surveyed.seconds[site.node][candidate]  # noqa: E731
     before = surveyed.layers_before(cut)
     if not before:
         raise ModelError(f"{cut}: no layer before it could be decomposed.")

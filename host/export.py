@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import onnx
 import torch
 from torch import nn
 
+from edgesolve.host.compact import compact
 from edgesolve.host.errors import ModelError
 from edgesolve.host.quiet import quiet
 
@@ -35,7 +37,7 @@ def to_onnx(
             )
         except Exception as error:
             raise ModelError(f"ONNX export failed: {_first_line(error)}") from error
-        return path.read_bytes()
+        return compact(onnx.load(path))
 
 
 def to_tflite(module: nn.Module, example: tuple) -> bytes:

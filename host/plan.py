@@ -78,30 +78,34 @@ def dense_candidate(site: Site) -> Candidate:
     return Candidate("dense", (), site.weight.size, site.macs, 0.0)
 
 
-def tucker2_candidates(site: Site, metrics: list[Metric], pivots: bool) -> list[Candidate]:
+def tucker2_candidates(
+    site: Site, metrics: list[Metric], pivots: bool, align: int
+) -> list[Candidate]:
     """Tucker-2 on a grid of rank pairs; with one of them full it narrows one side only."""
     T, c, _, _ = site.shape
     table = sum(tucker2_curves(m, site.shape) for m in metrics) / sum(m.v for m in metrics)
     return [
         _tucker2(site, r_out, r_in, table[r_in - 1, r_out - 1], pivots)
-        for r_in in grid(c)
-        for r_out in grid(T)
+        for r_in in grid(c, align)
+        for r_out in grid(T, align)
         if (r_in, r_out) != (c, T)
     ]
 
 
-def cp_candidates(site: Site, metrics: list[Metric]) -> list[Candidate]:
+def cp_candidates(site: Site, metrics: list[Metric], align: int) -> list[Candidate]:
     """CP-3 at CP_RANKS ranks: a CP has no curve in closed form, so it is fitted at CP_SHARES of the weights, and
     between them the logarithm of the distortion is taken to be linear in the rank."""
     T, c, kh, kw = site.shape
     scale, each = sum(m.v for m in metrics), T + c + kh * kw
     full = kh * kw * min(c, T)
     ranks = sorted({int(share * T * c * kh * kw / each) for share in CP_SHARES})
+    ranks = sorted({max(r // align, 1) * align for r in ranks})
     ranks = [r for r in ranks if 2 <= r <= full]  # of rank 1 it is Tucker-2
     if not ranks:
         return []
     lost = [sum(m.distortion(_cp(m, site, r)) for m in metrics) / scale for r in ranks]
-    every = np.unique(np.linspace(ranks[0], ranks[-1], CP_RANKS).round().astype(int))
+    spread = np.linspace(ranks[0], ranks[-1], CP_RANKS) / align
+    every = np.unique(spread.round().astype(int)) * align
     between = np.exp(np.interp(every, ranks, np.log(np.maximum(lost, 1e-30))))
     return [
         _sized(site, "cp", (int(r),), ((r * c, "before"), (r * (kh * kw + T), "")), d)
@@ -123,11 +127,12 @@ def candidates(
     metrics: list[Metric],
     formats: tuple[str, ...] = FORMATS,
     pivots: bool = True,
+    align: int = 1,
 ) -> list[Candidate]:
     """Dense and every form of `formats` that stores fewer weights and that no other betters; metrics one per group.
 
     A 1×1 layer is low rank, whatever the format. `pivots`: outer factors have an identity block, which is not
-    stored (`chain.pivoted`).
+    stored (`chain.pivoted`). Ranks are multiples of `align`, or full.
     """
     T, c, kh, kw = site.shape
     if constant(metrics):
@@ -135,10 +140,10 @@ def candidates(
     scale = sum(m.v for m in metrics)
     if kh * kw == 1:
         curve = sum(lowrank_curve(m) for m in metrics)
-        found = [_lowrank(site, r, curve[r] / scale, pivots) for r in grid(min(T, c))]
+        found = [_lowrank(site, r, curve[r] / scale, pivots) for r in grid(min(T, c), align)]
     else:
-        found = tucker2_candidates(site, metrics, pivots) if "tucker2" in formats else []
-        found += cp_candidates(site, metrics) if "cp" in formats else []
+        found = tucker2_candidates(site, metrics, pivots, align) if "tucker2" in formats else []
+        found += cp_candidates(site, metrics, align) if "cp" in formats else []
     smaller = [f for f in found if f.params < site.weight.size]
     if not smaller:
         return [dense_candidate(site)]
@@ -153,10 +158,12 @@ def candidates(
     return [dense_candidate(site), *(smaller[i] for i in sorted(both))]
 
 
-def grid(full: int) -> list[int]:
-    """Ranks in 1..full, both included, full // STEPS apart."""
-    step = max(1, full // STEPS)
-    return sorted({*range(full, 0, -step), 1})
+def grid(full: int, align: int = 1) -> list[int]:
+    """Ranks in 1..full with full among them, about full / STEPS apart; the others are multiples of `align`."""
+    if align > 1:
+        step = -(-full // (STEPS * align)) * align
+        return sorted({full, *range(step, full, step)})
+    return sorted({*range(full, 0, -max(1, full // STEPS)), 1})
 
 
 def _lowrank(site: Site, r: int, distortion: float, pivots: bool) -> Candidate:

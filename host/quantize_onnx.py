@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterable
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from edgesolve.host.compact import compact
 from edgesolve.host.errors import ModelError
 from edgesolve.host.quiet import quiet
 
@@ -135,43 +135,6 @@ def all_bias(weight: np.ndarray, bias: np.ndarray | None = None) -> bool:
     return bool((largest < 1e-5 * np.abs(bias)).any())
 
 
-def compact(model: onnx.ModelProto) -> bytes:
-    """The same graph with short names and each constant once: names are a tenth of a small int8 file."""
-    graph = model.graph
-    names = {v.name: v.name for v in [*graph.input, *graph.output]} | {"": ""}
-    fresh = (name for name in map(_short, count()) if name not in names)
-    given: dict[bytes, str] = {}
-    tensors = []
-    for tensor in graph.initializer:
-        old, tensor.name, tensor.doc_string = tensor.name, "", ""
-        value = tensor.SerializeToString()
-        if value not in given:
-            given[value] = tensor.name = next(fresh)
-            tensors.append(tensor)
-        names[old] = given[value]
-    for node in graph.node:
-        if any(a.HasField("g") or a.graphs for a in node.attribute):
-            raise ModelError(
-                f"{node.name}: {node.op_type} holds a graph of its own; can't be quantised."
-            )
-        node.input[:] = [names[name] for name in node.input]
-        node.output[:] = [
-            names.get(name) or names.setdefault(name, next(fresh)) for name in node.output
-        ]
-        node.name = node.doc_string = ""
-        del node.metadata_props[:]
-    del graph.initializer[:], graph.value_info[:], graph.quantization_annotation[:]
-    graph.initializer.extend(tensors)
-    del model.metadata_props[:], graph.metadata_props[:]
-    graph.doc_string = model.doc_string = ""
-    return model.SerializeToString(deterministic=True)
-
-
-def _short(index: int) -> str:
-    index, rest = divmod(index, 26)
-    return ("" if index == 0 else _short(index - 1)) + chr(ord("a") + rest)
-
-
 class _Reader:
     """onnxruntime's way of being given calibration data."""
 
@@ -193,6 +156,8 @@ def _reader(name: str, frames) -> _Reader:
 
 def _opened(model: bytes) -> onnx.ModelProto:
     graph = onnx.load_from_string(model)
+    for i, node in enumerate(graph.graph.node):
+        node.name = node.name or f"node_{i}"
     if len(graph.graph.input) != 1:
         raise ModelError(
             f"the graph takes {len(graph.graph.input)} inputs, expected one batch of frames."

@@ -69,6 +69,7 @@ def survey(
     *,
     formats: tuple[str, ...] = FORMATS,
     pivots: bool = True,
+    align: int = 1,
     n_probe: int = 256,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
@@ -81,18 +82,18 @@ def survey(
     found = []
     for i, site in enumerate(walk.found):
         reason = refused.get(site.name, "")
-        found.append(_survey(walk, site, reason, formats, pivots, seed, logits))
+        found.append(_survey(walk, site, reason, (formats, pivots, align), seed, logits))
         progress(i + 1, len(walk.found))
     return found
 
 
-def _survey(walk, site, reason, formats, pivots, seed, logits) -> Survey:
+def _survey(walk, site, reason, allowed, seed, logits) -> Survey:
     still = Harm((0.0,), (0.0,))
     reason = reason or obstacle(site, len(walk.x))
     if reason:
         return Survey(site, (dense_candidate(site),), still, reason)
     metrics = [Metric.of(m) for m in layer_moments(walk, site, seed)]
-    options = candidates(site, metrics, formats, pivots)
+    options = candidates(site, metrics, *allowed)
     if len(options) == 1:
         reason = "its output never changes" if constant(metrics) else "no rank stores fewer weights"
         return Survey(site, tuple(options), still, f"{reason}; left dense")

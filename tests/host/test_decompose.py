@@ -16,8 +16,7 @@ from edgesolve.device import cli
 from edgesolve.device.bundle import open_bundle
 from edgesolve.device.runtime import open_runtime
 from edgesolve.device.verify import verify
-from edgesolve.host import checkpoint, compress
-from edgesolve.host.clock import Clock
+from edgesolve.host import checkpoint, compress, ruler
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -177,13 +176,36 @@ def test_wrong_options(arguments, tmp_path, capsys, extra, expected):
 
 def test_a_latency_is_judged_by_the_clock(arguments, tmp_path, capsys, monkeypatch):
     out = tmp_path / "b"
-    command = [*arguments, "--out", str(out), "--slower", "--target"]
-    said = iter([2e-3, 0.1e-3])  # the original, then what was built
-    monkeypatch.setattr(Clock, "__call__", lambda self, decomposed: next(said))
+    command = [*arguments, "--out", str(out), "--slower", "--align", "1", "--target"]
+    said = iter([2e-3, 2e-3, 0.1e-3])  # the original, the same in float, then what was built
+    monkeypatch.setattr(ruler, "_clocked", lambda model, frame: next(said))
     assert cli.main([*command, "latency-ms=1.9"]) == 0
     tried = json.loads((out / "report.json").read_text())["decomposition"]["tried"]
-    assert len(tried) == 1 and 0.1 < tried[0]["p50_ms"] <= 1.9
+    assert len(tried) == 1 and 0.1 < tried[0]["cost"] <= 1.9 and tried[0]["unit"] == "ms"
     shutil.rmtree(out)
-    monkeypatch.setattr(Clock, "__call__", lambda self, decomposed: 2e-3)
-    assert "the original takes 2.000 ms here" in refused(capsys, *command, "latency-ms=1.9")
+    monkeypatch.setattr(ruler, "_clocked", lambda model, frame: 2e-3)
+    assert "the original takes 2 ms here" in refused(capsys, *command, "latency-ms=1.9")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_size_in_bytes_is_that_of_the_file(arguments, tmp_path, capsys, int8):
+    out, share = tmp_path / "b", 0.24 if int8 else 0.4
+    command = [*arguments, "--out", str(out), "--slower", "--align", "1"]
+    command += ["--int8", "add"] if int8 else []
+    whole = tmp_path / "whole.onnx"
+    assert "the closest that can be reached takes" in refused(
+        capsys, *command, "--target", "bytes=.01"
+    )
+    assert cli.main([*command, "--target", f"bytes={share}", "--original", str(whole)]) == 0
+    report = json.loads((out / "report.json").read_text())["decomposition"]
+    budget = share * whole.stat().st_size
+    last = report["tried"][-1]
+    assert (
+        last["cost"] <= budget
+        and last["unit"] == "bytes"
+        and any(s["decision"] == "replaced" for s in report["steps"])
+    )
+    name = "backbone.int8.onnx" if int8 else "backbone.onnx"
+    # The rows' own filters and the head are in what was predicted, too.
+    assert (out / name).stat().st_size == pytest.approx(last["cost"], rel=0.3)

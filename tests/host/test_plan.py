@@ -8,9 +8,10 @@ import small_nets as small
 
 from edgesolve.host import survey as surveying
 from edgesolve.host.chain import grouped, pivoted
-from edgesolve.host.latency import blank
+from edgesolve.host.layer_file import blank
 from edgesolve.host.metric import Metric
 from edgesolve.host.plan import (
+    STEPS,
     Candidate,
     Harm,
     Survey,
@@ -64,6 +65,23 @@ def test_forms_of_one_channel_count(layer):
         candidate = _tucker2(site, *ranks, 0.0, True)
         chain = built(site, metrics, candidate)
         assert (candidate.params, candidate.macs) == (chain.n_params, chain.macs(site.at))
+
+
+@pytest.mark.parametrize("align", [2, 4])
+def test_ranks_are_whole_blocks_of_channels(layer, align):
+    site, metrics = layer
+    T, c, _, _ = site.shape
+    for candidate in candidates(site, metrics, align=align)[1:]:
+        full = {"tucker2": (T, c), "lowrank": (min(T, c),), "cp": (0,)}[candidate.format]
+        for rank, most in zip(candidate.ranks, full, strict=True):
+            assert rank % align == 0 or rank == most
+
+
+@pytest.mark.parametrize(("full", "align"), [(16, 8), (64, 8), (12, 8), (5, 8), (256, 8), (40, 1)])
+def test_a_grid_of_ranks_ends_with_the_full_one(full, align):
+    found = grid(full, align)
+    assert found == sorted(set(found)) and found[-1] == full and len(found) <= 2 * STEPS
+    assert all(r % align == 0 for r in found[:-1]) and (full <= align or len(found) > 1)
 
 
 @pytest.mark.parametrize("formats", [("tucker2",), ("cp",)])

@@ -171,33 +171,6 @@ def test_same_input_same_bytes_no_noise_no_files(model, frames, int8, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_compact_changes_names_only(model, frames):
-    small = quantize_onnx.compact(onnx.load_from_string(model))
-    assert len(small) < len(model)
-    np.testing.assert_array_equal(answers(small, frames), answers(model, frames))
-
-
-def test_compact_keeps_public_names_apart():
-    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
-    nodes = [
-        helper.make_node("Add", ["a", "one"], ["b"]),
-        helper.make_node("Add", ["b", "other_one"], ["long"]),
-        helper.make_node("Mul", ["long", "b"], ["c"]),
-    ]
-    one = np.ones(1, np.float32)
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("a", kind, [1])],
-        [helper.make_tensor_value_info("c", kind, [1])],
-        [numpy_helper.from_array(one, "one"), numpy_helper.from_array(one, "other_one")],
-    )
-    opsets = [helper.make_opsetid("", 18)]
-    small = quantize_onnx.compact(helper.make_model(graph, opset_imports=opsets, ir_version=9))
-    assert len(stored(small)) == 1
-    assert answers(small, np.array([2.0], np.float32)) == 12.0
-
-
 def test_fp16_and_dynamic_onnx(model, frames, truth):
     half, dynamic = quantize_onnx.to_fp16_onnx(model), quantize_onnx.to_dynamic_onnx(model)
     found = answers(half, frames)
