@@ -16,7 +16,9 @@ from torch import nn
 from edgesolve.host.allocate import Allocation
 from edgesolve.host.chain import Chain, Factor, dense
 from edgesolve.host.compress import Compression, compress, refittable
+from edgesolve.host.decompose import only_faster
 from edgesolve.host.fit import FitOptions, fit
+from edgesolve.host.latency import survey_seconds
 from edgesolve.host.plan import FORMATS, Candidate, Plan, Survey, choose
 from edgesolve.host.rank_search import SearchOptions, search
 from edgesolve.host.sensitivity import divergence, fisher
@@ -68,10 +70,17 @@ class Worth:
     file: float | None
 
 
-def prepare(case: Case, formats: tuple[str, ...] = FORMATS, pivots: bool = True) -> Prepared:
+def prepare(
+    case: Case, formats: tuple[str, ...] = FORMATS, pivots: bool = True, align: int = 1
+) -> Prepared:
     began = time.perf_counter()
     surveys = survey(
-        case.walk(), case.layers[1], formats=formats, pivots=pivots, n_probe=case.n_probe
+        case.walk(),
+        case.layers[1],
+        formats=formats,
+        pivots=pivots,
+        align=align,
+        n_probe=case.n_probe,
     )
     middle = time.perf_counter()
     gammas = fisher(case.walk(), case.n_fisher)
@@ -124,15 +133,12 @@ def independent(prepared: Prepared, budget: float) -> Answer:
     return _answer(case, "independent layers", budget, chains, module, seconds)
 
 
-def aligned(prepared: Prepared) -> Prepared:
-    """Ranks that are multiples of 8 only, or all of the channels: what ONNX Runtime's blocked convolutions want."""
-
-    def fits(site: Site, candidate: Candidate) -> bool:
-        return all(r % 8 == 0 or r in site.weight.shape[:2] for r in candidate.ranks)
-
+def faster(prepared: Prepared) -> Prepared:
+    """With only the forms that took less time here than the layer they replace: what `edgesolve build` does."""
+    took = survey_seconds(prepared.surveys)
     surveys = [
-        replace(s, candidates=tuple(c for c in s.candidates if fits(s.site, c)))
-        for s in prepared.surveys
+        only_faster(s, dict(zip(s.candidates, t, strict=True)))
+        for s, t in zip(prepared.surveys, took, strict=True)
     ]
     return replace(prepared, surveys=surveys)
 

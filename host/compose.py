@@ -13,7 +13,7 @@ from edgesolve.host.errors import ModelError
 from edgesolve.host.network import Cut, costs
 from edgesolve.host.place import Trial, named_cut, places
 from edgesolve.host.plan import Plan
-from edgesolve.host.ruler import Ruler, file_bytes, milliseconds
+from edgesolve.host.ruler import Head, Ruler, file_bytes, milliseconds
 from edgesolve.host.sensitivity import divergence
 
 HEADS = 4
@@ -21,16 +21,6 @@ HEADS = 4
 TRIES = 5
 """Budgets tried to meet a drop, a latency or a size in bytes."""
 FRONTIER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A head behind `cut`: what it stores and multiplies, and KL(original || with the head), measured."""
-
-    cut: Cut
-    params: int
-    macs: int
-    divergence: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +61,9 @@ def compose(trial: Trial, surveyed: Surveyed, options) -> Composed:
 def head_of(cut: Cut, made: Distilled) -> Head:
     logits = made.capture.logits, made.held_out_logits
     lost = divergence(*(torch.from_numpy(a) for a in logits))
-    params = made.rows.n_params() + made.solution.weights.size + made.solution.intercept.size
-    return Head(cut, params, made.rows.macs(cut.shape) + made.solution.weights.size, lost)
+    solved = made.solution.weights.size + made.solution.intercept.size
+    params, macs = made.rows.n_params() + solved, made.rows.macs(cut.shape)
+    return Head(cut, params, macs + made.solution.weights.size, solved, lost)
 
 
 def try_heads(trial: Trial, cuts: list[Cut], options: HeadOptions) -> list[Head]:
@@ -157,7 +148,7 @@ def to_measured(
     for _ in range(TRIES):
         plans, nearest = [], np.inf
         for head in heads:
-            own = ruler.of_head(head.cut, head.params, head.macs)
+            own = ruler.of_head(head)
             try:
                 plan = planned(surveyed, head.cut.node, ruler.unit, budget - own, ruler)
                 plans.append((plan.allocation.loss + head.divergence, head, plan))
@@ -169,7 +160,7 @@ def to_measured(
             break
         _, head, plan = min(plans, key=lambda p: p[0])
         got = decompose(surveyed, head.cut, plan, log)
-        cost = ruler.measure(got) + ruler.of_head(head.cut, head.params, head.macs)
+        cost = ruler.measure(got) + ruler.of_head(head)
         tried.append(
             {"unit": ruler.unit, "budget": round(budget, 3), "split": head.cut.name, "cost": cost}
         )

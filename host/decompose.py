@@ -127,11 +127,12 @@ def with_seconds(surveyed: Surveyed, log, int8: bool = False) -> Surveyed:
     }
     surveys = surveyed.surveys
     if not surveyed.options.slower:
-        surveys = [_only_faster(s, table[s.site.node]) for s in surveys]
+        surveys = [only_faster(s, table[s.site.node]) for s in surveys]
     return replace(surveyed, surveys=surveys, seconds=table)
 
 
-def _only_faster(s: Survey, took: Mapping[Candidate, float]) -> Survey:
+def only_faster(s: Survey, took: Mapping[Candidate, float]) -> Survey:
+    """Without the forms that took no less time than the layer as it is; `took` in seconds."""
     dense = took[dense_candidate(s.site)]
     kept = tuple(c for c in s.candidates if c.format == "dense" or took[c] < dense)
     reason = s.reason

@@ -75,6 +75,13 @@ def to_int8_onnx(site: Site, chain: Chain) -> bytes:
     return _file(site, nodes, weights, TensorProto.UINT8)
 
 
+def nothing() -> bytes:
+    """A file with a ReLU of one number."""
+    shape = [1, 1, 1, 1]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "xy")
+    return _model(helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "layer", [x], [y]))
+
+
 def _node(operation: str, inputs: list[str], output: str, site: Site, factor: Factor):
     stride, padding, dilation = site.along(factor.axes)
     return helper.make_node(
@@ -93,6 +100,9 @@ def _file(site: Site, nodes, weights, element: int) -> bytes:
     c = site.weight.shape[1] * site.groups
     given = helper.make_tensor_value_info("x", element, [1, c, *site.at.before])
     made = helper.make_tensor_value_info("y", element, None)
-    graph = helper.make_graph(nodes, "layer", [given], [made], weights)
+    return _model(helper.make_graph(nodes, "layer", [given], [made], weights))
+
+
+def _model(graph) -> bytes:
     opset = [helper.make_opsetid("", 18)]
     return helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()

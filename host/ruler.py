@@ -27,19 +27,31 @@ RANGE_FRAMES = 8
 """Frames that ranges are taken from: an int8 file's size and time don't depend on them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head behind `cut`: what it stores, of it what stays in float as `solved`, what it multiplies, and
+    KL(original || with the head), measured."""
+
+    cut: Cut
+    params: int
+    macs: int
+    solved: int
+    divergence: float
+
+
 @dataclass(frozen=True)
 class Ruler:
     """An additive cost of `unit`: per layer and form `table[site.node][form]`, scaled to what the `whole` has.
 
     `reference`: the original network's cost in float; `measure(decomposed)`: that of a file up to its cut;
-    `of_head(cut, params, macs)`: an estimate.
+    `of_head(head)`: an estimate.
     """
 
     unit: str
     reference: float
     table: Mapping[str, Mapping[tuple, float]]
     measure: Callable[[Decomposed], float]
-    of_head: Callable[[Cut, int, int], float]
+    of_head: Callable[[Head], float]
 
     def __call__(self, site: Site, candidate: Candidate) -> float:
         return self.table[site.node][form(candidate)]
@@ -60,10 +72,10 @@ def milliseconds(surveyed: Surveyed, frames: np.ndarray, int8: bool) -> Ruler:
     scale = measure(None) / sum(dense.values())
     table = {node: {form(c): scale * t for c, t in own.items()} for node, own in took.items()}
 
-    def of_head(cut: Cut, params: int, macs: int) -> float:
-        before = {s.site.node for s in surveyed.layers_before(cut.node)}
+    def of_head(head: Head) -> float:
+        before = {s.site.node for s in surveyed.layers_before(head.cut.node)}
         behind = sum(t for node, t in dense.items() if node not in before)
-        return scale * behind * macs / max(cut.macs_after, 1)
+        return scale * behind * head.macs / max(head.cut.macs_after, 1)
 
     return Ruler("ms", measure(None, False), table, measure, of_head)
 
@@ -90,9 +102,11 @@ def file_bytes(surveyed: Surveyed, frames: np.ndarray, int8: bool) -> Ruler:
             form(c): known[alike(s.site), form(c)] for c in (dense_candidate(s.site), *s.candidates)
         }
         table[s.site.node] = {f: size + rest * factors for f, (size, factors) in own.items()}
-    return Ruler(
-        "bytes", measure(None, False), table, measure, lambda cut, params, macs: 4.0 * params
-    )
+
+    def of_head(head: Head) -> float:
+        return 4.0 * head.solved + (1.0 if int8 else 4.0) * (head.params - head.solved)
+
+    return Ruler("bytes", measure(None, False), table, measure, of_head)
 
 
 def network_file(

@@ -14,6 +14,9 @@ from edgesolve.host.metric import Metric
 
 DENSE_UNKNOWNS = 500
 """Normal equations up to this size are factored, larger ones iterated."""
+STEPS = 10
+"""Of conjugate gradients: after four alternations 50 of them end within .1 % of the same distortion, in 1.5 times
+the time (ResNet-20 layers, CP)."""
 PROXIMAL = 1e-10
 """Weight on the step's own length, relative to the mean diagonal: singular equations still descend."""
 
@@ -210,7 +213,7 @@ def descent_step(
         LinearOperator((size, size), normal),
         residual,
         rtol=1e-3,
-        maxiter=50,
+        maxiter=STEPS,
         M=LinearOperator((size, size), precondition),
     )
     return step.reshape(scale.shape)

@@ -16,7 +16,7 @@ from edgesolve.host.network import Layer, Network
 from edgesolve.host.shards import ALONE, Shards
 from edgesolve.host.sites import Site, folded_run
 
-CACHE_BYTES = 1 << 30
+CACHE_BYTES = 1 << 29
 """Live activations are kept where those of all frames fit; elsewhere a step starts again from the last such place."""
 BATCH = 64
 """Frames in a batch, if the network's activations allow it."""

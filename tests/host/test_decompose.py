@@ -190,7 +190,7 @@ def test_a_latency_is_judged_by_the_clock(arguments, tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_size_in_bytes_is_that_of_the_file(arguments, tmp_path, capsys, int8):
-    out, share = tmp_path / "b", 0.24 if int8 else 0.4
+    out, share = tmp_path / "b", 0.165 if int8 else 0.4
     command = [*arguments, "--out", str(out), "--slower", "--align", "1"]
     command += ["--int8", "add"] if int8 else []
     whole = tmp_path / "whole.onnx"

@@ -152,8 +152,8 @@ def test_int8_keeps_its_kind(model, int8):
     assert [v.name for v in before.input] == [v.name for v in after.input]
     assert [v.name for v in before.output] == [v.name for v in after.output]
     kinds = [n.op_type for n in after.node]
-    assert kinds.count("QuantizeLinear") >= 3
-    assert "QuantizeLinear" not in kinds[kinds.index("ReduceMean") :]
+    assert kinds.count("QLinearConv") == 2 and kinds.count("Conv") == 1  # one is all bias
+    assert not any("Q" in kind for kind in kinds[kinds.index("ReduceMean") :])
 
 
 def test_weights_on_the_grid_are_stored_as_they_are(small, int8, int8_tflite):
