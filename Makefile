@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard kernels/*.py host/*.py device/*.py)
 TINY := build/tiny
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-device test-arm64 reference-arm64 bench-main bench-solvers bench-compression bench-artefacts wheel clean distclean
+.PHONY: help venv demo test test-device test-arm64 reference-arm64 bench-main bench-solvers bench-compression bench-artefacts bench-bcd bench-refit wheel clean distclean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,12 @@ bench-compression: venv  ## closed-form compression beside low-rank baselines (a
 
 bench-artefacts: venv  ## one network as fp32, fp16, int8, pruned, with a head: bytes, accuracy, latency
 	$(BIN)/python benchmarks/bench_artefacts.py
+
+bench-bcd: venv  ## block coordinate descent beside Adam and the published steps (hours)
+	$(BIN)/python benchmarks/bench_bcd.py
+
+bench-refit: venv  ## what refitting and fine-tuning buy after closed-form compression (half an hour)
+	$(BIN)/python benchmarks/bench_refit.py
 
 .venv-peers/.stamp: pyproject.toml benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-peers

@@ -14,6 +14,7 @@ import argparse
 import os
 
 import main_accuracy
+import main_combined
 import main_device
 import main_parity
 import main_shift
@@ -27,6 +28,7 @@ SECTIONS = {
     "latency": main_device.latency,
     "cost": main_device.cost,
     "cold": main_device.cold,
+    "combined": main_combined.run,
 }
 
 

@@ -238,6 +238,7 @@ def _decomposition(built) -> dict | None:
         "head_divergence": composed.head.divergence,
         "frontier": [{"params": p, "divergence": d} for p, d in composed.frontier],
         "tried": list(composed.tried),
+        "refined": list(composed.decomposed.refined),
         "steps": as_rows(found.steps),
     }
 

@@ -68,6 +68,18 @@ def parser() -> argparse.ArgumentParser:
         default=8,
         help="ranks are multiples of it, as runtimes compute channels in blocks (default 8; 1: smallest in weights)",
     )
+    p.add_argument(
+        "--refit",
+        action="store_true",
+        help="then refit runs of decomposed layers to the original's activations, where held-out answers improve",
+    )
+    p.add_argument(
+        "--finetune",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="then distil the original into the decomposed network by gradient descent, as above (minutes each)",
+    )
     p.add_argument("--scale", type=float)
     p.add_argument("--mean", type=_floats, help="comma-separated, after scaling")
     p.add_argument("--std", type=_floats)
@@ -169,6 +181,8 @@ def _options(args, p):
         raise UsageError(
             f"--target {target[0]} needs --decompose: it is met by the forms that layers take."
         )
+    if (args.refit or args.finetune) and not args.decompose:
+        raise UsageError("--refit and --finetune follow a decomposition: add --decompose.")
     backends = tuple(b for b in args.backends.split(",") if b)
     if not backends or set(backends) - {"onnx", "litert"}:
         raise UsageError(f"--backends {args.backends}: expected onnx, litert or both.")
@@ -201,12 +215,15 @@ def _decompose(args):
     from edgesolve.device.errors import UsageError
     from edgesolve.host.decompose import DecomposeOptions
     from edgesolve.host.fit import FitOptions
+    from edgesolve.host.refine import RefineOptions
 
     formats = tuple(f for f in args.formats.split(",") if f)
     if set(formats) - {"tucker2", "cp"} or not formats:
         raise UsageError(f"--formats {args.formats}: expected tucker2, cp or both.")
     if args.frames < 64:
         raise UsageError(f"--frames {args.frames}: at least 64 are needed, 1024 are advised.")
+    if args.finetune < 0:
+        raise UsageError(f"--finetune {args.finetune}: expected a number of epochs, 0 or more.")
     if args.align < 1:
         raise UsageError(f"--align {args.align}: expected a number of channels, 1 or more.")
     return DecomposeOptions(
@@ -215,6 +232,7 @@ def _decompose(args):
         formats=formats,
         slower=args.slower,
         fit=FitOptions(pivots=False, seed=args.seed),
+        refine=RefineOptions(args.refit, args.finetune, args.flip, args.seed),
     )
 
 

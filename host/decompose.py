@@ -17,6 +17,7 @@ from edgesolve.host.fit import FitOptions
 from edgesolve.host.latency import survey_seconds
 from edgesolve.host.network import Cut, Network, cuts, trace
 from edgesolve.host.plan import FORMATS, Candidate, Plan, Survey, choose, dense_candidate
+from edgesolve.host.refine import RefineOptions, refine
 from edgesolve.host.sensitivity import fisher
 from edgesolve.host.shards import ALONE, Shards
 from edgesolve.host.sites import Site, sites
@@ -39,15 +40,20 @@ class DecomposeOptions:
     align: int = 1
     # Exporters store a 1×1 factor whole, so identity blocks would be counted but not won.
     fit: FitOptions = field(default_factory=lambda: FitOptions(pivots=False))
+    refine: RefineOptions = field(default_factory=RefineOptions)
 
 
 @dataclass(frozen=True, eq=False)
 class Surveyed:
-    """A network with everything that a plan needs: per layer its candidates, harm and, by call site, seconds."""
+    """A network with everything that a plan needs: per layer its candidates, harm and, by call site, seconds.
+
+    x: the frames that are walked; held: others, by which what follows the fit is judged.
+    """
 
     network: Network
     preprocess: Preprocess
     x: np.ndarray
+    held: np.ndarray
     found: list[Site]
     surveys: list[Survey]
     gammas: Mapping[str, np.ndarray]
@@ -66,23 +72,26 @@ class Surveyed:
 
 @dataclass(frozen=True, eq=False)
 class Decomposed:
-    """The compressed network, traced, the cut in it, and how it came about."""
+    """The compressed network, traced, the cut in it, and how it came about; `refined`: what followed the fit."""
 
     network: Network
     cut: Cut
     compression: Compression
+    refined: tuple[dict, ...] = ()
 
 
 def survey_network(
     network: Network,
     preprocess: Preprocess,
     x: np.ndarray,
+    held: np.ndarray,
     options: DecomposeOptions,
     log,
     shards: Shards = ALONE,
     store: Checkpoint | None = None,
 ) -> Surveyed:
-    """Measure every layer of `network` on frames x (n, h, w, c). `log` as recipe.Log."""
+    """Measure every layer of `network` on frames x (n, h, w, c); held (m, h, w, c) are other ones. `log` as
+    recipe.Log."""
     found, refused = sites(network)
     if not found:
         raise ModelError("the network has no convolution or linear layer that could be decomposed.")
@@ -105,7 +114,9 @@ def survey_network(
         log.step("measure what each layer's outputs matter")
         walk = Walk(network, preprocess, x, found, shards=shards)
         gammas = fisher(walk, options.fisher_frames, options.fit.seed, log.progress)
-    return Surveyed(network, preprocess, x, found, surveys, gammas, {}, options, shards, store)
+    return Surveyed(
+        network, preprocess, x, held, found, surveys, gammas, {}, options, shards, store
+    )
 
 
 def with_seconds(surveyed: Surveyed, log, int8: bool = False) -> Surveyed:
@@ -172,9 +183,18 @@ def decompose(surveyed: Surveyed, cut: Cut, plan: Plan, log) -> Decomposed:
             log.progress,
             _Stored(surveyed.store, plan) if surveyed.store else None,
         )
+        found, rows = refine(
+            found,
+            surveyed.walk(),
+            surveyed.held,
+            surveyed.preprocess,
+            surveyed.gammas,
+            surveyed.options.refine,
+            log,
+        )
     shape = tuple(surveyed.network.example.shape[1:])
     small = trace(found.module, shape)
-    return Decomposed(small, same_cut(small, found, cut), found)
+    return Decomposed(small, same_cut(small, found, cut), found, tuple(rows))
 
 
 class _Stored:

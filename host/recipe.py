@@ -30,10 +30,13 @@ from edgesolve.host.errors import ModelError
 from edgesolve.host.load import Data
 from edgesolve.host.network import Cut, Network, trace
 from edgesolve.host.place import Trial, choose_cut
+from edgesolve.host.refine import RefineOptions
 from edgesolve.host.shards import ALONE, Shards
 from edgesolve.host.thresholds import calibrate
 
 PARITY_FRAMES = 32
+HELD_FRAMES = 512
+"""By which a refit or fine-tuning of the decomposed network is judged."""
 STATISTIC_FRAMES = 2048
 STATISTIC_BYTES = 1 << 27
 TEACHER_BYTES = 1 << 25  # of the largest activation in a teacher batch
@@ -141,7 +144,8 @@ def build(
         if work is not None:
             store = Checkpoint(work, _key(network, preprocess, data.x[pick], options.decompose))
         given = options.decompose
-        surveyed = survey_network(network, preprocess, data.x[pick], given, log, shards, store)
+        frames, others = data.x[pick], data.x[held_out][:HELD_FRAMES]
+        surveyed = survey_network(network, preprocess, frames, others, given, log, shards, store)
         composed = compose(trial, surveyed, options)
         if shards.rank:
             return None  # what follows is one process's work
@@ -207,11 +211,11 @@ def build(
 def _key(network: Network, preprocess: Preprocess, x: np.ndarray, given: DecomposeOptions) -> str:
     """What a checkpoint belongs to: the traced network, the frames walked, and how layers are fitted.
 
-    Not the target: another one begins from the same survey.
+    Not the target, nor what follows the fit: another one begins from the same survey.
     """
     graph = [str(node.format_node()) for node in network.nodes]
     weights = [v.numpy() for _, v in sorted(network.constants.items())]
-    fitting = asdict(replace(given, slower=False))
+    fitting = asdict(replace(given, slower=False, refine=RefineOptions()))
     return digest(version("edgesolve"), fitting, asdict(preprocess), graph, x, *weights)
 
 

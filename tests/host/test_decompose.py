@@ -168,6 +168,8 @@ def test_a_target_out_of_reach_names_the_closest(arguments, tmp_path, capsys):
         (["--frames", "10"], "--frames 10: at least 64"),
         (["--target", "latency-ms=0"], "expected drop=1.0"),
         (["--split", "nowhere"], "no such place"),
+        (["--align", "0"], "--align 0: expected a number of channels"),
+        (["--finetune", "-1"], "--finetune -1: expected a number of epochs"),
     ],
 )
 def test_wrong_options(arguments, tmp_path, capsys, extra, expected):
@@ -192,7 +194,7 @@ def test_a_latency_is_judged_by_the_clock(arguments, tmp_path, capsys, monkeypat
 def test_a_size_in_bytes_is_that_of_the_file(arguments, tmp_path, capsys, int8):
     out, share = tmp_path / "b", 0.165 if int8 else 0.4
     command = [*arguments, "--out", str(out), "--slower", "--align", "1"]
-    command += ["--int8", "add"] if int8 else []
+    command += ["--int8", "add"] if int8 else ["--refit", "--finetune", "2"]
     whole = tmp_path / "whole.onnx"
     assert "the closest that can be reached takes" in refused(
         capsys, *command, "--target", "bytes=.01"
@@ -209,3 +211,10 @@ def test_a_size_in_bytes_is_that_of_the_file(arguments, tmp_path, capsys, int8):
     name = "backbone.int8.onnx" if int8 else "backbone.onnx"
     # The rows' own filters and the head are in what was predicted, too.
     assert (out / name).stat().st_size == pytest.approx(last["cost"], rel=0.3)
+    if not int8:
+        kinds = [row["kind"] for row in report["refined"]]
+        assert set(kinds[:-1]) == {"refit"} and kinds[-1] == "finetune"
+        for row in report["refined"]:
+            before, after = row["divergence"]["before"], row["divergence"]["after"]
+            assert after < before if row["accepted"] else after == before
+        assert "What followed the fit" in (out / "report.html").read_text()
