@@ -23,6 +23,15 @@ def table(report: dict[str, Any], out: str) -> str:
     for key in ("accuracy", "agreement"):
         b, a = report[key]["before"], report[key]["after"]
         t.add_row(f"{key} (held-out)", _percent(b), _percent(a), "")
+    for e in report["int8"]:
+        name, before = e["backend"], report["bytes"]["before"]
+        t.add_row(f"{name}: bytes", f"{before:,}", f"{e['bytes']:,}", f"{e['bytes'] / before:.3f}")
+        t.add_row(f"{name}: agreement", "100.00 %", _percent(e["agreement"]), "")
+        took = e["float_milliseconds"], e["milliseconds"]
+        t.add_row(
+            f"{name}: ms, from float", *(f"{v:.2f}" for v in took), f"{took[1] / took[0]:.3f}"
+        )
+        t.add_row(f"{name}: default", "", *(e["reason"].split(":")[0], ""))
     text = io.StringIO()
     Console(file=text, width=100).print(t)
     gap = report["head"]["relative_gap"]

@@ -211,10 +211,12 @@ def test_a_size_in_bytes_is_that_of_the_file(arguments, tmp_path, capsys, int8):
     name = "backbone.int8.onnx" if int8 else "backbone.onnx"
     # The rows' own filters and the head are in what was predicted, too.
     assert (out / name).stat().st_size == pytest.approx(last["cost"], rel=0.3)
+    page = (out / "report.html").read_text()
+    assert ("used by default" in page) is int8
     if not int8:
         kinds = [row["kind"] for row in report["refined"]]
         assert set(kinds[:-1]) == {"refit"} and kinds[-1] == "finetune"
         for row in report["refined"]:
             before, after = row["divergence"]["before"], row["divergence"]["after"]
             assert after < before if row["accepted"] else after == before
-        assert "What followed the fit" in (out / "report.html").read_text()
+        assert "What followed the fit" in page
