@@ -50,8 +50,8 @@ RECIPES = {
         "cifar_calibration",
         (
             *IMAGENET,
-            *("--split", "layer3.8", "--flip", "--decompose", "--int8", "add"),
-            *("--target", "bytes=0.145", "--backends", "onnx"),
+            *("--split", "layer3.6", "--flip", "--decompose", "--int8", "add"),
+            *("--target", "bytes=0.15", "--backends", "onnx"),
         ),
     ),
     # Named, since --target drop=3 is refused: from 600 items no candidate comes that close.
