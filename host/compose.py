@@ -63,7 +63,8 @@ def head_of(cut: Cut, made: Distilled) -> Head:
     lost = divergence(*(torch.from_numpy(a) for a in logits))
     solved = made.solution.weights.size + made.solution.intercept.size
     params, macs = made.rows.n_params() + solved, made.rows.macs(cut.shape)
-    return Head(cut, params, macs + made.solution.weights.size, solved, lost)
+    macs += made.solution.weights.size
+    return Head(cut, made.rows, params, macs, solved, lost)
 
 
 def try_heads(trial: Trial, cuts: list[Cut], options: HeadOptions) -> list[Head]:
