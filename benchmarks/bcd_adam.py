@@ -1,4 +1,4 @@
-"""The gradient baseline: the same layers by Adam, cross-entropy, a learning rate that falls to 0."""
+"""The gradient baseline: the same layers by Adam, cross-entropy or squares, a learning rate that falls to 0."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ def trained(
     net: Layers | None = None,
     masks: list[np.ndarray | None] | None = None,
     rate: float = 1e-3,
+    squared: bool = False,
 ) -> Layers:
-    """Adam, batches of 100. `net`: go on from it; `masks`: entries of each weight that may be other than 0."""
+    """Adam, batches of 100. `net`: go on from it; `masks`: entries of each weight that may be other than 0.
+
+    squared : half the squared distance to one-hot targets, the loss of block coordinate descent.
+    """
     torch.manual_seed(seed)
     net = net or Layers(split.x.shape[1], widths, split.positions)
     x = torch.from_numpy(split.x).reshape(len(split.y), -1, split.x.shape[1])
@@ -46,7 +50,13 @@ def trained(
             group["lr"] = rate * (1.0 - epoch / epochs)
         for pick in torch.randperm(len(y)).split(100):
             optimiser.zero_grad()
-            loss = nn.functional.cross_entropy(net(x[pick].flatten(0, 1)), y[pick])
+            out = net(x[pick].flatten(0, 1))
+            if squared:
+                loss = (
+                    0.5 * ((out - nn.functional.one_hot(y[pick], out.shape[1])) ** 2).sum(1).mean()
+                )
+            else:
+                loss = nn.functional.cross_entropy(out, y[pick])
             loss.backward()
             optimiser.step()
             for layer, mask in zip(net.maps, masks or [], strict=False):

@@ -9,7 +9,7 @@ from typing import Any
 import bcd_adam as adam
 import numpy as np
 from bcd_common import accuracy, parts, spread, trained
-from bcd_data import activity, digits
+from bcd_data import Split, activity, digits
 from environment import say
 from figures import Figure, at_least, at_most
 
@@ -40,6 +40,15 @@ ACTIVITY_START = Start(directions=60, labels=2.0, smooth=1e4, ridge=30.0)
 Table = list[list[str]]
 
 
+def by_adam(split: Split, widths: tuple[int, ...], seed: int, epochs: int) -> float:
+    """Test accuracy by the better of two losses, cross-entropy and squares: chosen in Adam's favour."""
+    nets = (
+        adam.trained(split, widths, seed=seed, epochs=epochs, squared=squared)
+        for squared in (False, True)
+    )
+    return max(accuracy(split, *adam.arrays(net)) for net in nets)
+
+
 def mnist(bench) -> tuple[list[Figure], dict[str, Any]]:
     """6,000 images, 3x3 convolution of stride 2 with 32 filters, 5408-1024-1024-10."""
     n, n_test = bench.size(6000, 600), bench.size(10_000, 500)
@@ -52,8 +61,7 @@ def mnist(bench) -> tuple[list[Figure], dict[str, Any]]:
     for seed in bench.seeds:
         split = digits(seed, n, n_test)
         began = time.perf_counter()
-        weights = adam.arrays(adam.trained(split, MNIST, seed=seed, epochs=bench.size(12, 1)))
-        gradient.append(accuracy(split, *weights))
+        gradient.append(by_adam(split, MNIST, seed, bench.size(12, 1)))
         say(f"seed {seed}: Adam {gradient[-1]:.2f} %, {time.perf_counter() - began:.0f} s")
     for rank in bench.ranks:
         for kind in bench.modes:
@@ -75,7 +83,7 @@ def mnist(bench) -> tuple[list[Figure], dict[str, Any]]:
                     f"MNIST, rank {rank}, modes {kind}, {sweeps} sweeps, shipped weights",
                     float(np.mean(shown)),
                     MNIST_BARS.get(rank, 0.0),
-                    baseline=f"Adam, dense: {spread(gradient)}",
+                    baseline=f"Adam, dense, the better of two losses: {spread(gradient)}",
                     measured=spread(shown),
                 )
             )
@@ -113,8 +121,7 @@ def human_activity(bench) -> tuple[list[Figure], dict[str, Any]]:
             )
             width = adam.equal_width(split.x.shape[1], len(hidden), split.n_classes, size)
             for into, w in ((dense, widths), (equal, (*(width,) * len(hidden), split.n_classes))):
-                net = adam.trained(split, w, seed=seed, epochs=bench.size(12, 1))
-                into.append(accuracy(split, *adam.arrays(net)))
+                into.append(by_adam(split, w, seed, bench.size(12, 1)))
             table.append([name, str(seed), *row, f"{dense[-1]:.2f}", f"{equal[-1]:.2f} ({width})"])
             traces |= parts(f"activity {name}, seed {seed}", runs)
             figures.append(at_most(f"rises of L, {name}, seed {seed}", int(row[-1]), 0))
@@ -124,7 +131,7 @@ def human_activity(bench) -> tuple[list[Figure], dict[str, Any]]:
                 float(np.mean(shown)),
                 float(np.mean(equal)),
                 measured=spread(shown),
-                baseline=f"Adam, equal size: {spread(equal)}; dense: {spread(dense)}",
+                baseline=f"Adam, the better of two losses, equal size: {spread(equal)}; dense: {spread(dense)}",
             )
         )
     return figures, {"tables": {"Accuracy on subjects 10 to 14, %": table}, "traces": traces}

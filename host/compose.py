@@ -16,6 +16,7 @@ from edgesolve.host.plan import Plan
 from edgesolve.host.ruler import Head, Ruler, file_bytes, milliseconds
 from edgesolve.host.sensitivity import divergence
 
+LATENCIES = ("latency", "latency-ms")
 HEADS = 4
 """Places for the head that are tried, evenly spaced among those that save anything."""
 TRIES = 5
@@ -40,7 +41,7 @@ def compose(trial: Trial, surveyed: Surveyed, options) -> Composed:
     options: recipe.BuildOptions. Raises ModelError naming the closest that can be reached.
     """
     (kind, value), log, int8 = options.target, trial.log, options.int8 is not None
-    if kind == "latency-ms" or not surveyed.options.slower:
+    if kind in LATENCIES or not surveyed.options.slower:
         surveyed = with_seconds(surveyed, log, int8)
     log.step("try places for the head")
     network, split = trial.network, options.split
@@ -52,7 +53,7 @@ def compose(trial: Trial, surveyed: Surveyed, options) -> Composed:
     elif kind == "drop":
         head, plan, got, tried = to_drop(surveyed, heads, value, trial, options.head)
     else:
-        ruler = (milliseconds if kind == "latency-ms" else file_bytes)(surveyed, trial.x, int8)
+        ruler = (milliseconds if kind in LATENCIES else file_bytes)(surveyed, trial.x, int8)
         wanted = value if kind == "latency-ms" else value * ruler.reference
         head, plan, got, tried = to_measured(surveyed, heads, options.target, wanted, ruler, log)
     return Composed(head, plan, got, frontier(surveyed, heads), tuple(tried))
