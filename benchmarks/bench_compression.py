@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import compression_sections as sections
 import torch
-from measure import measure, parsed, parser
+from measure import measure, parsed, parser, shares, with_one_blas_thread
 
 SECTIONS = {
     "resnet20": sections.resnet20,
@@ -109,16 +108,10 @@ def _arguments() -> argparse.Namespace:
     args.nets = tuple(n for n in args.nets.split(",") if n)
     if unknown := set(args.nets) - set(sections.NETS):
         p.error(f"--nets: no network {', '.join(sorted(unknown))}")
-    try:
-        args.budgets = tuple(float(b) for b in args.budgets.split(",") if b)
-    except ValueError:
-        p.error(f"--budgets: shares such as .5,.3, got {args.budgets}")
+    args.budgets = shares(p, args.budgets)
     return args
 
 
 if __name__ == "__main__":
-    # Two threads of BLAS make the small products here slower; it reads this once, when it is loaded.
-    if "OPENBLAS_NUM_THREADS" not in os.environ:
-        one = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], one)
+    with_one_blas_thread()
     main()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from compression_cases import Case, resnet
 from compression_methods import ours, prepare
 from environment import say
 from figures import Figure, at_least, at_most, plain
-from measure import measure, parsed, parser
+from measure import measure, parsed, parser, shares, with_one_blas_thread
 from torch import nn
 from torch.nn import functional as F
 
@@ -298,18 +297,12 @@ def _arguments() -> argparse.Namespace:
     p.add_argument("--sweeps", type=int, default=3, help="of the block refit")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     args = parsed(p, SECTIONS)
-    try:
-        args.budgets = [float(b) for b in args.budgets.split(",")]
-    except ValueError:
-        p.error(f"--budgets: shares such as .5,.3, got {args.budgets}")
+    args.budgets = shares(p, args.budgets)
     args.budgets = args.budgets[:1] if args.quick else args.budgets
     args.epochs = args.epochs or (1 if args.quick else 10)
     return args
 
 
 if __name__ == "__main__":
-    # Two threads of BLAS make the small products here slower; it reads this once, when it is loaded.
-    if "OPENBLAS_NUM_THREADS" not in os.environ:
-        one = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], one)
+    with_one_blas_thread()
     main()

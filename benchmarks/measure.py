@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,3 +69,19 @@ def parsed(p: argparse.ArgumentParser, sections: Mapping[str, Section]) -> argpa
         p.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
     args.out = args.out.resolve() / "quick" if args.quick else args.out.resolve()
     return args
+
+
+def shares(p: argparse.ArgumentParser, given: str) -> tuple[float, ...]:
+    """What --budgets lists, shares of the weights such as .5,.3."""
+    try:
+        return tuple(float(b) for b in given.split(",") if b)
+    except ValueError:
+        p.error(f"--budgets: shares such as .5,.3, got {given}")
+
+
+def with_one_blas_thread() -> None:
+    """Start again with one unless the caller chose: two make thousands of small products slower, and BLAS reads this
+    once, when it is loaded."""
+    if "OPENBLAS_NUM_THREADS" not in os.environ:
+        one = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], one)

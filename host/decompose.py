@@ -17,7 +17,7 @@ from edgesolve.host.fit import FitOptions
 from edgesolve.host.latency import survey_seconds
 from edgesolve.host.network import Cut, Network, cuts, trace
 from edgesolve.host.plan import FORMATS, Candidate, Plan, Survey, choose, dense_candidate
-from edgesolve.host.refine import RefineOptions, refine
+from edgesolve.host.refine import RefineOptions, check, refine
 from edgesolve.host.sensitivity import fisher
 from edgesolve.host.shards import ALONE, Shards
 from edgesolve.host.sites import Site, sites
@@ -92,6 +92,7 @@ def survey_network(
 ) -> Surveyed:
     """Measure every layer of `network` on frames x (n, h, w, c); held (m, h, w, c) are other ones. `log` as
     recipe.Log."""
+    check(options.refine, shards)
     found, refused = sites(network)
     if not found:
         raise ModelError("the network has no convolution or linear layer that could be decomposed.")
@@ -188,7 +189,6 @@ def decompose(surveyed: Surveyed, cut: Cut, plan: Plan, log) -> Decomposed:
             surveyed.walk(),
             surveyed.held,
             surveyed.preprocess,
-            surveyed.gammas,
             surveyed.options.refine,
             log,
         )

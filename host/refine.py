@@ -11,6 +11,7 @@ from edgesolve.host.compress import Compression
 from edgesolve.host.errors import ModelError
 from edgesolve.host.finetune import FinetuneOptions, chains, finetune
 from edgesolve.host.refit import refitted
+from edgesolve.host.shards import Shards
 from edgesolve.host.walk import Walk
 
 
@@ -25,29 +26,30 @@ class RefineOptions:
     seed: int = 0
 
 
+def check(options: RefineOptions, shards: Shards) -> None:
+    """Raise ModelError where several processes would do what is one process's work: before any of it is done."""
+    if (options.refit or options.finetune) and shards.count > 1:
+        raise ModelError("--refit and --finetune are one process's work; build without torchrun.")
+
+
 def refine(
     compression: Compression,
     walk: Walk,
     held: np.ndarray,
     preprocess: Preprocess,
-    gammas,
     options: RefineOptions,
     log,
 ) -> tuple[Compression, list[dict]]:
     """(the better compression, a row per trial for the report). No label is read.
 
     walk : fresh, over the frames that were fitted on; held (n, h, w, c): others, to judge by. `log` as recipe.Log.
-    Raises ModelError where several processes walk: both are one process's work.
+    One process's work (`check`).
     """
-    if (options.refit or options.finetune) and walk.shards.count > 1:
-        raise ModelError("--refit and --finetune are one process's work; build without torchrun.")
     rows = []
     if options.refit and compression.fitted:
         log.step("refit blocks, judged on held-out frames")
         judge = Walk(walk.network, preprocess, held, walk.found)
-        compression, found = refitted(
-            walk, judge, compression, gammas=gammas, progress=log.progress
-        )
+        compression, found = refitted(walk, judge, compression, progress=log.progress)
         rows += [_row("refit", r.block, r.sweep, r) for r in found]
     if options.finetune and compression.fitted:
         log.step(f"fine-tune for {options.finetune} epochs, judged on held-out frames")

@@ -72,7 +72,8 @@ def milliseconds(surveyed: Surveyed, frames: np.ndarray, int8: bool) -> Ruler:
         clocked = _clocked(network_file(surveyed, frames, int8, decomposed), frames[:1])
         return 1e3 * float(surveyed.shards.first(clocked))
 
-    scale = measure(None) / sum(dense.values())
+    whole = measure(None)
+    scale = whole / sum(dense.values())
     table = {node: {form(c): scale * t for c, t in own.items()} for node, own in took.items()}
 
     @cache
@@ -81,7 +82,8 @@ def milliseconds(surveyed: Surveyed, frames: np.ndarray, int8: bool) -> Ruler:
         clocked = _clocked(to_onnx(head.rows, (z,), ("z",), free_batch=True), z[:1].numpy())
         return 1e3 * float(surveyed.shards.first(clocked))
 
-    return Ruler("ms", measure(None, False), table, measure, of_head)
+    reference = measure(None, False) if int8 else whole
+    return Ruler("ms", reference, table, measure, of_head)
 
 
 def file_bytes(surveyed: Surveyed, frames: np.ndarray, int8: bool) -> Ruler:
@@ -100,7 +102,8 @@ def file_bytes(surveyed: Surveyed, frames: np.ndarray, int8: bool) -> Ruler:
         return float(len(network_file(surveyed, frames, int8, decomposed)))
 
     dense = sum(known[alike(s.site), ("dense", ())][0] for s in surveyed.surveys)
-    rest = (measure(None) - dense) / len(surveyed.surveys)
+    whole = measure(None)
+    rest = (whole - dense) / len(surveyed.surveys)
     for s in surveyed.surveys:
         own = {
             form(c): known[alike(s.site), form(c)] for c in (dense_candidate(s.site), *s.candidates)
@@ -110,7 +113,8 @@ def file_bytes(surveyed: Surveyed, frames: np.ndarray, int8: bool) -> Ruler:
     def of_head(head: Head) -> float:
         return 4.0 * head.solved + (1.0 if int8 else 4.0) * (head.params - head.solved)
 
-    return Ruler("bytes", measure(None, False), table, measure, of_head)
+    reference = measure(None, False) if int8 else whole
+    return Ruler("bytes", reference, table, measure, of_head)
 
 
 def network_file(

@@ -17,6 +17,9 @@ from edgesolve.device.bundle import open_bundle
 from edgesolve.device.runtime import open_runtime
 from edgesolve.device.verify import verify
 from edgesolve.host import checkpoint, compress, ruler
+from edgesolve.host.errors import ModelError
+from edgesolve.host.refine import RefineOptions, check
+from edgesolve.host.shards import ALONE, Shards
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -179,9 +182,7 @@ def test_wrong_options(arguments, tmp_path, capsys, extra, expected):
 def test_a_latency_is_judged_by_the_clock(arguments, tmp_path, capsys, monkeypatch):
     out = tmp_path / "b"
     command = [*arguments, "--out", str(out), "--slower", "--align", "1", "--target"]
-    said = iter(
-        [2e-3, 2e-3, 0.05e-3, 0.1e-3]
-    )  # the original, the same in float, a head, what was built
+    said = iter([2e-3, 0.05e-3, 0.1e-3])  # the original, a head, what was built
     monkeypatch.setattr(ruler, "_clocked", lambda model, frame: next(said))
     assert cli.main([*command, "latency-ms=1.9"]) == 0
     tried = json.loads((out / "report.json").read_text())["decomposition"]["tried"]
@@ -191,6 +192,14 @@ def test_a_latency_is_judged_by_the_clock(arguments, tmp_path, capsys, monkeypat
     monkeypatch.setattr(ruler, "_clocked", lambda model, frame: 2e-3)
     assert "the original takes 2 ms here" in refused(capsys, *command, "latency-ms=1.9")
     assert not out.exists()
+
+
+def test_one_process_only_is_said_before_any_work():
+    for options in (RefineOptions(refit=True), RefineOptions(finetune=3)):
+        with pytest.raises(ModelError, match="build without torchrun"):
+            check(options, Shards(0, 2))
+        check(options, ALONE)
+    check(RefineOptions(), Shards(0, 2))
 
 
 @pytest.mark.parametrize("int8", [False, True])
