@@ -22,7 +22,7 @@ from edgesolve.host import export
 from edgesolve.host.adaptable import Preprocess, nodes_until
 from edgesolve.host.capture import Capture, Progress, batch_size, batches
 from edgesolve.host.distill import Distilled, HeadOptions, conclude
-from edgesolve.host.heads import head_arrays, source_arrays
+from edgesolve.host.heads import halved, head_arrays, source_arrays
 from edgesolve.host.metric import Metric
 from edgesolve.host.network import Network
 from edgesolve.host.quantize_onnx import to_int8_onnx
@@ -237,8 +237,9 @@ def _capture(graph, x, logits, turned, index, progress) -> Capture:
 def _entry(name, kind, entry, head: Distilled, graph: Graph, frames) -> tuple[dict, dict]:
     """The manifest's entry, and the files that belong to this backend's rows."""
     rows, parity = integer_rows(graph, frames), io.BytesIO()
-    arrays = head_arrays(head)
-    np.savez(parity, rows=rows, logits=rows @ arrays["weights"] + arrays["intercept"])
+    arrays = halved(head_arrays(head), head.capture.rows)
+    logits = rows @ arrays["weights"].astype(np.float32) + arrays["intercept"]
+    np.savez(parity, rows=rows, logits=logits)
     suffix = {"onnx": "onnx", "litert": "tflite"}[kind]
     made = {
         "runtime": kind,
@@ -279,7 +280,7 @@ def _row(name, own, graph, kind, entry, files, found, head, x, y) -> dict:
     return {
         "backend": name,
         "bytes": sum(len(own[n]) for n in files_of),
-        "float_bytes": len(files[entry["backbone"]]) + len(own[f"head.{name}.safetensors"]),
+        "float_bytes": len(files[entry["backbone"]]) + len(save(head_arrays(head))),
         "accuracy": None if y is None else float((answers == y[head.capture.index]).mean()),
         "agreement": head.agreement,
         "float_agreement": found.agreement,

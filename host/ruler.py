@@ -111,7 +111,8 @@ def file_bytes(surveyed: Surveyed, frames: np.ndarray, int8: bool) -> Ruler:
         table[s.site.node] = {f: size + rest * factors for f, (size, factors) in own.items()}
 
     def of_head(head: Head) -> float:
-        return 4.0 * head.solved + (1.0 if int8 else 4.0) * (head.params - head.solved)
+        solved, gates = (2.0, 1.0) if int8 else (4.0, 4.0)
+        return solved * head.solved + gates * (head.params - head.solved)
 
     reference = measure(None, False) if int8 else whole
     return Ruler("bytes", reference, table, measure, of_head)
