@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edgesolve.kernels.designs import TILE_FLOATS
 from edgesolve.kernels.losses import SquaredMoments
 
 OBJECTIVE_FLOOR = 1e-9
 """`relative_gap` divides by no less than this share of P(0): rounding blurs P(U) by about 1e-15
 P(0), so that below it no point could be told from the optimum to the 1e-6 that we accept at."""
+
+GRAM_WEIGHTS = 512
+"""Most weights D whose Q is made from rows to certify least squares: 5 D^2 numbers, 10 MiB."""
 
 
 class _Residual(NamedTuple):
@@ -35,8 +39,8 @@ def duality_gap(loss, penalty, U: np.ndarray, dual: np.ndarray | None = None):
     the distance of `dual` to the optimum: with the point that a Newton step on U's support leads to
     it is about the error itself.
 
-    With no penalty at all the gap is exact; it then needs an eigendecomposition of Q, and without
-    Q (rows only) it is the trivial bound P(U).
+    With no penalty at all the gap is exact. Without a ridge it then needs an eigendecomposition of
+    Q, which is made for rows of at most `GRAM_WEIGHTS` columns; beyond it is the trivial bound P(U).
     """
     if hasattr(loss, "duality_gap"):
         return loss.duality_gap(penalty, U, dual)
@@ -133,15 +137,27 @@ def _smooth_gap(loss, U, V, objective):
         return float(np.vdot(grad, grad)) / (2.0 * loss.ridge)
     if not V.any():
         return 0.0
-    if not isinstance(loss, SquaredMoments) or not np.isfinite(V).all():
+    # With fewer rows than weights P(U) is nearly always the gap itself.
+    if not np.isfinite(V).all() or (
+        not isinstance(loss, SquaredMoments) and len(U) > min(loss.n, GRAM_WEIGHTS)
+    ):
         return objective
     # P(U) - P* = <V, pinv(Q) V>/2. Directions below rounding count as if they were at it.
-    values, vectors = np.linalg.eigh(loss.Q)
+    values, vectors = np.linalg.eigh(_gram(loss))
     floor = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
     if floor == 0.0:
         return np.inf
     along = ((vectors.T @ V) ** 2).sum(axis=1)
     return float(0.5 * (along / np.maximum(values, floor)).sum())
+
+
+def _gram(loss):
+    """Q (D, D); from rows some columns at a time, so that no copy of all rows is made."""
+    if isinstance(loss, SquaredMoments):
+        return loss.Q
+    step = max(1, TILE_FLOATS // loss.n)
+    unit = np.eye(loss.shape[0])
+    return np.hstack([loss.product(unit[:, a : a + step]) for a in range(0, len(unit), step)])
 
 
 def largest_scale(penalty, V: np.ndarray) -> float:

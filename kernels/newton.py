@@ -28,6 +28,9 @@ FIRST_STEPS = 15
 WARM_STEPS = 2
 """The same from a warm start: it only has to find the gates that enter."""
 
+CLOSE_GAP = 1e-2
+"""A warm start below this relative gap that no gate enters goes to Newton at once."""
+
 ROUGH_GAP = 1e-3
 """Down to this relative gap proximal steps are taken in float32."""
 
@@ -117,7 +120,9 @@ class _Work:
         part = _Part(self.loss, self.rough, penalty, self.surrogate).restrict(gates)
         rough = point.relative_gap > ROUGH_GAP
         loss = part.rough if rough else part.loss
-        U, V = _proximal_steps(part, loss, point.U[columns], point.V[columns], steps, self.late)
+        U, V = point.U[columns], point.V[columns]
+        if steps != WARM_STEPS or point.relative_gap > CLOSE_GAP or not on[gates].all():
+            U, V = _proximal_steps(part, loss, U, V, steps, self.late)
         U, good = self._newton_steps(part, U, V, point, rough)
         out = np.zeros_like(point.U)
         out[columns] = U

@@ -17,11 +17,13 @@ import time
 
 import numpy as np
 
-from edgesolve.kernels.designs import Explicit, Masked, Pooled
+from edgesolve.kernels.designs import Explicit, Masked, Pooled, columns_of
+from edgesolve.kernels.gap import relative
 from edgesolve.kernels.gated import gated_pool
 from edgesolve.kernels.losses import SquaredRows
 from edgesolve.kernels.penalties import GroupL2
 from edgesolve.kernels.point import Point, check_problem
+from edgesolve.kernels.prox import group_norms
 from edgesolve.kernels.solution import Solution, Status
 
 ROUNDING = 1e-14
@@ -75,14 +77,13 @@ def variational(
                 status = Status.ILL_CONDITIONED
             else:
                 here = moved
+    if status is Status.CONVERGED:
+        return work.solution(best, tol, n_iter, began)
     point = Point.at(loss, penalty, work.weights(best))
-    if status is not Status.CONVERGED:
-        # Where rounding rules, the U of a t may be worse than what h says of it.
-        for U in (np.zeros(loss.shape), U0):
-            other = point if U is None else Point.at(loss, penalty, np.array(U, np.float64))
-            point = other if other.objective < point.objective or not point.finite else point
-    if status is Status.CONVERGED and not point.relative_gap <= tol:
-        status = Status.ILL_CONDITIONED
+    # Where rounding rules, the U of a t may be worse than what h says of it.
+    for U in (np.zeros(loss.shape), U0):
+        other = point if U is None else Point.at(loss, penalty, np.array(U, np.float64))
+        point = other if other.objective < point.objective or not point.finite else point
     return point.solution(loss, penalty, status, n_iter, time.perf_counter() - began)
 
 
@@ -94,11 +95,11 @@ def _better(one, other):
 
 
 class _At:
-    """h and all it takes at one t. K with n added; alpha (n, c) = R/n; q_i = ||A_i'alpha||^2; B_i = A_iA_i'alpha."""
+    """h and all it takes at one t. K with n added; alpha (n, c) = R/n; q_i = ||A_i'alpha||^2."""
 
     def __init__(self, t, value, K, alpha):
         self.t, self.value, self.K, self.alpha = t, value, K, alpha
-        self.q = self.B = self.objective = self.gap = None
+        self.q = self.objective = self.gap = None
 
 
 class _Dual:
@@ -129,6 +130,41 @@ class _Dual:
         """U_i = w_i A_i'alpha, (D, c)."""
         pulled = self.design.adjoint(here.alpha)
         return np.repeat(self._w(here.t), np.diff(self.design.starts))[:, None] * pulled
+
+    def solution(self, here, tol, n_iter, began):
+        """The weights of `here`, where the residual is formed anew and alpha is the dual point.
+
+        A'alpha is what the weights are made of: only open gates cost products of their size.
+        """
+        loss, n, w = self.loss, self.n, self._w(here.t)
+        on = np.flatnonzero(w) if w.any() else np.arange(1)
+        part = self.design.restrict(on)
+        U, sizes = part.adjoint(here.alpha), np.diff(part.starts)
+        v = np.sqrt(np.maximum(here.q, 0.0))
+        v[on] = group_norms(U, part.starts)
+        U *= np.repeat(w[on], sizes)[:, None]
+        AU = part.forward(U)
+        offset = AU.mean(axis=0) if loss.centre else np.zeros(AU.shape[1])
+        R = loss.Y - (AU - offset)
+        objective, gap = self._certificate(here, v, R)
+        # grad = ridge U - A'alpha - A'(R/n - alpha), where the last term is rounding.
+        kkt = np.where(w > 0, v - self.limit - self.ridge * w * v, np.maximum(v - self.limit, 0.0))
+        rest = self.kernel.squares(R / n - here.alpha)
+        kkt = math.sqrt(float(kkt @ kkt) + max(float(rest.sum()), 0.0))
+        scale = math.sqrt(max(float(self.kernel.squares(loss.Y).sum()), 0.0)) / n
+        weights = np.zeros(loss.shape)
+        weights[columns_of(self.design.starts, on)[0]] = U
+        found = relative(loss, gap, objective)
+        return Solution(
+            weights=weights,
+            intercept=loss.mean_t - offset,
+            status=Status.CONVERGED if found <= tol else Status.ILL_CONDITIONED,
+            objective=objective,
+            kkt=kkt / scale if scale > 0 else kkt,
+            relative_gap=found,
+            n_iter=n_iter,
+            seconds=time.perf_counter() - began,
+        )
 
     def step(self, here):
         """The next `_At`, of smaller h; None where rounding ends the descent."""
@@ -169,15 +205,16 @@ class _Dual:
         return None
 
     def _complete(self, here):
-        here.q, here.B = self.kernel.squares(here.alpha)
-        if self.loss.centre:
-            here.B -= here.B.mean(axis=0)
-        here.objective, here.gap = self._certificate(here)
+        here.q = self.kernel.squares(here.alpha)
+        v = np.sqrt(np.maximum(here.q, 0.0))
+        here.objective, here.gap = self._certificate(here, v, self.n * here.alpha)
         return here
 
     def _newton(self, here, free, slope, bend, grad, damping):
         k, (n, c) = len(free), here.alpha.shape
-        B = np.ascontiguousarray(here.B[:, free]) * slope[free, None]
+        B = self.kernel.images(here.alpha, free) * slope[free, None]
+        if self.loss.centre:
+            B -= B.mean(axis=0)
         # By LU for each: half the price of an inverse, and most trial points need no Hessian.
         solved = np.linalg.solve(here.K, B.reshape(n, k * c)).reshape(n, k, c)
         H = np.einsum("nic,njc->ij", B, solved, optimize=True)
@@ -192,25 +229,37 @@ class _Dual:
             alpha = np.linalg.solve(K, self.loss.Y)
         except np.linalg.LinAlgError:
             return _At(t, math.inf, K, np.zeros_like(self.loss.Y))
+        if self.loss.centre:
+            alpha -= alpha.mean(axis=0)
         fit = float(np.vdot(alpha, self.loss.Y))
         if fit < 0.0:  # t is so large that n is below the rounding of K
             fit = math.inf
         return _At(t, 0.5 * fit + 0.5 * float(self.limit @ t), K, alpha)
 
-    def _certificate(self, here):
-        """(P(U), gap): `gap.py`'s formulas, where U_i = w_i A_i'alpha leaves norms alone."""
-        v = np.sqrt(np.maximum(here.q, 0.0))
-        u = self._w(here.t) * v
-        rr = self.n * float(np.vdot(here.alpha, here.alpha))
-        objective = 0.5 * rr + float(self.limit @ u) + 0.5 * self.ridge * float(u @ u)
-        if self.ridge > 0:
-            excess = np.maximum(v - self.limit, 0.0)
-            slack = u * (self.limit - v) + 0.5 * self.ridge * u * u + excess**2 / (2 * self.ridge)
-            return objective, float(slack.sum())
-        top = float(np.max(v / self.limit, initial=0.0))
-        ry = float(np.vdot(here.alpha, self.loss.Y))
-        s = min(max(ry / rr, 0.0) if rr > 0 else 1.0, 1.0 / top if top > 0 else math.inf)
-        return objective, 0.5 * (1.0 - s) ** 2 * rr + float((u * (self.limit - s * v)).sum())
+    def _certificate(self, here, v, R):
+        """(P(U), gap) for U_i = w_i A_i'alpha, v_i = ||A_i'alpha|| and R = Y - A U: norms are enough.
+
+        The dual point is s alpha: `gap.py`'s formulas, of another residual than the point's own.
+        """
+        n, limit, ridge, alpha = self.n, self.limit, self.ridge, here.alpha
+        w = self._w(here.t)
+        u = w * v
+        objective = 0.5 * float(np.vdot(R, R)) / n + float(limit @ u) + 0.5 * ridge * float(u @ u)
+        top = float(np.max(v * (1.0 - ridge * w) / limit, initial=0.0))
+        feasible = 1.0 / top if top > 0 else math.inf
+        if ridge > 0:
+            scales = {1.0, min(1.0, feasible)}
+        else:
+            aa = n * float(np.vdot(alpha, alpha))
+            scales = {min(max(np.vdot(alpha, self.loss.Y) / aa, 0.0) if aa > 0 else 1.0, feasible)}
+        gaps = []
+        for s in scales:
+            left = R - (s * n) * alpha
+            slack = u * (limit - s * v)
+            if ridge > 0:
+                slack += 0.5 * ridge * u * u + np.maximum(s * v - limit, 0.0) ** 2 / (2 * ridge)
+            gaps.append(0.5 * float(np.vdot(left, left)) / n + float(slack.sum()))
+        return objective, min(gaps)
 
     def _w(self, t):
         return t / (self.limit + self.ridge * t)
@@ -222,7 +271,8 @@ class _Dual:
 
 
 def kernel_of(design):
-    """gram(w, on) = sum_i w_i A_iA_i' (n, n), and squares(alpha), whichever way is the cheaper one.
+    """gram(w, on) = sum_i w_i A_iA_i' (n, n), squares(alpha) = ||A_i'alpha||^2 (m,), and
+    images(alpha, gates) = A_iA_i'alpha (n, k, c), whichever way is the cheaper one.
 
     `Pooled` rows are written out, n D numbers: they are few here.
     """
@@ -245,10 +295,13 @@ class _MaskedKernel:
         return self.XX * ((D * w) @ D.T)
 
     def squares(self, alpha):
+        return np.einsum("nm,nm->m", (self.XX * (alpha @ alpha.T)) @ self.D, self.D)
+
+    def images(self, alpha, gates):
         n, c = alpha.shape
-        spread = (self.D[:, :, None] * alpha[:, None]).reshape(n, -1)
-        B = (self.XX @ spread).reshape(n, -1, c) * self.D[:, :, None]
-        return np.einsum("nmc,nc->m", B, alpha), B
+        D = self.D[:, gates, None]
+        spread = (D * alpha[:, None]).reshape(n, -1)
+        return (self.XX @ spread).reshape(n, -1, c) * D
 
 
 class _RowsKernel:
@@ -265,7 +318,8 @@ class _RowsKernel:
 
     def squares(self, alpha):
         pulled = self.A.T @ alpha
-        q = np.add.reduceat(np.square(pulled).sum(axis=1), self.starts[:-1])
-        blocks = zip(self.starts[:-1], self.starts[1:], strict=True)
-        B = np.stack([self.A[:, a:b] @ pulled[a:b] for a, b in blocks], axis=1)
-        return q, B
+        return np.add.reduceat(np.square(pulled).sum(axis=1), self.starts[:-1])
+
+    def images(self, alpha, gates):
+        blocks = [self.A[:, self.starts[i] : self.starts[i + 1]] for i in gates]
+        return np.stack([A @ (A.T @ alpha) for A in blocks], axis=1)

@@ -8,6 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from edgesolve.kernels import fista as fista_module
+from edgesolve.kernels import gap as gap_module
 from edgesolve.kernels.designs import Pooled
 from edgesolve.kernels.fista import fista
 from edgesolve.kernels.gap import duality_gap, relative_gap
@@ -217,10 +218,25 @@ def test_a_tiny_ridge_does_not_spoil_the_gap(rng):
     assert at_one > 100 * rough.relative_gap * rough.objective
 
 
-def test_rows_without_penalty_get_the_trivial_bound(rng):
+@pytest.mark.parametrize("tile", [1 << 18, 7 * N])
+def test_rows_without_penalty_are_certified_as_well(rng, monkeypatch, accepts_only, tile):
+    monkeypatch.setattr(gap_module, "TILE_FLOATS", tile)
     loss, _ = problem(rng, 0.0, rows=True)
-    U = rng.standard_normal(loss.shape)
-    assert duality_gap(loss, None, U) == (loss.value(U), loss.value(U))
+    A = gated_pool(loss.design.z, loss.design.D)
+    A = A - A.mean(axis=0)
+    best = np.linalg.lstsq(A, loss.Y)[0]
+    errors, gaps = [], []
+    for scale in np.geomspace(1e-5, 1, 10):
+        U = best + scale * rng.standard_normal(loss.shape)
+        gap, objective = duality_gap(loss, None, U)
+        gaps.append(gap / objective)
+        errors.append(0.5 * np.sum((A @ (U - best)) ** 2) / N / objective)
+    accepts_only(lambda got: assert_allclose(got, errors, rtol=1e-3, atol=1e-13), gaps)
+    # Fewer rows than weights, or more weights than a Gram may have: the trivial bound.
+    few = SquaredRows.of(Pooled(loss.design.z[:40], loss.design.D[:40]), loss.Y[:40], 0.0)
+    monkeypatch.setattr(gap_module, "GRAM_WEIGHTS", M * R - 1)
+    for trivial in (few, loss):
+        assert duality_gap(trivial, None, U) == (trivial.value(U), trivial.value(U))
 
 
 def test_a_perfect_fit_is_not_spoilt_by_rounding(rng):

@@ -126,13 +126,11 @@ def test_lam_zero_is_least_squares(rng, accepts_only):
         accepts_only(lambda got: assert_allclose(got, slow, rtol=1e-8, atol=1e-9), s.weights)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="gap.py has no certificate for rows without ridge or penalty: it returns P(U) itself",
-)
 def test_least_squares_from_rows_is_certified(rng):
-    loss = losses(rng, n=60)["rows"]
-    assert solve(loss, None, seconds=0.3).relative_gap <= 1e-6
+    both = losses(rng, n=60)
+    s = solve(both["rows"], None)
+    assert s.status is Status.CONVERGED and s.relative_gap <= 1e-6
+    assert_allclose(s.objective, solve(both["moments"], None).objective, rtol=1e-6)
 
 
 def test_warm_starts_reach_the_solver(rng):
@@ -145,10 +143,10 @@ def test_warm_starts_reach_the_solver(rng):
 
 def test_newton_goes_on_where_rounding_ended_the_descent(rng, monkeypatch):
     monkeypatch.setattr(module, "FEW_SHARE", 1e9)
-    loss = losses(rng, n=19)["rows"]
-    penalty = GroupL2(1e-7 * lam_max(loss, GroupL2(1.0, EVEN)), EVEN)
-    alone = solve(loss, penalty, method="variational", tol=1e-9)
-    both = solve(loss, penalty, tol=1e-9)
+    loss = losses(rng, n=30)["rows"]
+    penalty = GroupL2(1e-8 * lam_max(loss, GroupL2(1.0, EVEN)), EVEN)
+    alone = solve(loss, penalty, method="variational", tol=1e-8)
+    both = solve(loss, penalty, tol=1e-8)
     assert alone.status is Status.ILL_CONDITIONED
     assert both.n_iter > alone.n_iter and both.objective <= alone.objective
     assert both.status is not Status.ILL_CONDITIONED

@@ -34,11 +34,13 @@ def test_the_kernel_is_that_of_the_dense_rows(rng, make_design, accepts_only):
     assert_allclose(kernel.gram(w[np.unique(on)], np.unique(on)), some, rtol=1e-5, atol=1e-5)
     for c in (1, 3):
         alpha = rng.standard_normal((9, c))
-        q, found = kernel.squares(alpha)
         pulled = [B.T @ alpha for B in blocks(design, A)]
-        assert_allclose(q, [np.sum(p * p) for p in pulled], rtol=1e-5)
+        squares = [np.sum(p * p) for p in pulled]
+        assert_allclose(kernel.squares(alpha), squares, rtol=1e-5)
         slow = np.stack([B @ p for B, p in zip(blocks(design, A), pulled, strict=True)], axis=1)
-        assert_allclose(found, slow, rtol=1e-4, atol=1e-4)
+        for gates in (np.arange(len(w)), np.unique(on)):
+            found = kernel.images(alpha, gates)
+            assert_allclose(found, slow[:, gates], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
@@ -83,6 +85,47 @@ def test_every_step_descends(rng, make_design, ridge):
             break
         assert (here.t >= 0).all()
     assert (np.diff(values) <= 1e-14 * values[0]).all() and values[-1] < values[0]
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-6, 0.3])
+@pytest.mark.parametrize("intercept", [True, False])
+def test_the_certificate_is_by_definition(
+    rng, make_design, referee, accepts_only, ridge, intercept
+):
+    """P(U) less the largest dual value of the s alpha, of the weights that any t leads to."""
+    design, A = make_design(rng, 14, np.float64)
+    loss, penalty = problem(rng, design, A, ridge=ridge, intercept=intercept)
+    judge = referee(A, loss.Y + loss.mean_t, penalty, ridge, intercept)
+    work, m = _Dual(loss, penalty), len(penalty.limit)
+    for t in (rng.uniform(0.1, 2.0, m) * (np.arange(m) != 1), np.zeros(m)):
+        here = work.at(t)
+        s = work.solution(here, np.inf, 3, 0.0)
+        P, theta = judge.objective(s.weights), here.alpha - intercept * here.alpha.mean(axis=0)
+        pull = judge.A.T @ theta
+        top = 1.0 / np.max(judge.norms(pull - ridge * s.weights) / penalty.limit)
+        scales = (1.0, min(top, 1.0)) if ridge else np.linspace(0.0, top, 20_001)
+        gap = P - max(judge.dual(scale * theta) for scale in scales)
+        accepts_only(
+            lambda got, right=(gap, P): assert_allclose(got, right, rtol=1e-6),
+            [s.relative_gap * s.objective, s.objective],
+        )
+        assert_allclose([here.gap, here.objective], [gap, P], rtol=1e-6)
+        grad = ridge * s.weights - judge.A.T @ (judge.Y - judge.A @ s.weights) / 14
+        grad0 = np.linalg.norm(judge.A.T @ judge.Y) / 14
+        assert_allclose(s.kkt, penalty.kkt(s.weights, grad) / grad0, rtol=1e-7)
+        assert_allclose(s.intercept, loss.intercept(s.weights), rtol=1e-9, atol=1e-12)
+        assert_allclose(s.weights, work.weights(here), rtol=1e-12)
+
+
+def test_alpha_certifies_what_the_residual_cannot(rng, designs):
+    """Rows that are nearly fitted: the residual is rounding, alpha is not."""
+    design, _ = designs["masked"](rng, 19, np.float64)
+    some = module.Masked(design.X[:9], design.D[:9])
+    for tol in (1e-9, 1e-12):
+        loss = SquaredRows.of(some, rng.standard_normal((9, 2)), 0.0)
+        penalty = GroupL2(1e-9 * lam_max(loss, GroupL2(1.0, some.starts)), some.starts)
+        s = variational(loss, penalty, tol=tol)
+        assert s.status is Status.CONVERGED and s.relative_gap <= tol
 
 
 def test_more_gates_than_rows_and_outputs(rng, designs):
