@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from edgesolve.device import device_key
 from edgesolve.device.atomic import sync_folder, write_durable
 from edgesolve.device.errors import StateError
 
 SCHEMA = 1
-_HEAD, _STATISTICS, _PROVENANCE = "head.safetensors", "statistics.safetensors", "provenance.json"
-_SEAL = "seal.json"
+_HEAD, _STATISTICS, _WINDOW = "head.safetensors", "statistics.safetensors", "window.safetensors"
+_PROVENANCE, _SEAL = "provenance.json", "seal.json"
 
 
 class Damaged(Exception):
@@ -30,7 +32,8 @@ class Generation:
     """One learned head, as read and checked.
 
     `parent` is the generation it was solved from (0 = factory), `seal_sha256` what a pointer to it
-    must name.
+    must name, `window` the moments it was solved from, `sealed` whether this device's key says
+    that it was written here.
     """
 
     number: int
@@ -39,23 +42,30 @@ class Generation:
     provenance: dict[str, Any]
     parent: int
     seal_sha256: str
+    window: dict[str, np.ndarray] | None = None
+    sealed: bool = False
 
 
-def write_generation(folder: Path, number: int, parent: int, head, statistics, provenance) -> str:
-    """Write everything as `folder`.tmp, make it durable, rename it; returns the seal's SHA-256.
-
-    Raises OSError, having removed what it wrote.
-    """
+def packed(head, statistics, provenance, window=None) -> dict[str, bytes]:
+    """The files of a generation by name; `statistics` and `window` may be None."""
     from safetensors.numpy import save
 
-    files = {
-        _HEAD: save(_contiguous(head)),
-        _PROVENANCE: json.dumps(provenance, indent=1, default=plain).encode(),
-    }
-    if statistics is not None:
-        files[_STATISTICS] = save(_contiguous(statistics))
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    seal = sealed({"generation": number, "parent": parent, "files": hashes})
+    arrays = {_HEAD: head, _STATISTICS: statistics, _WINDOW: window}
+    files = {name: save(_contiguous(of)) for name, of in arrays.items() if of is not None}
+    return {**files, _PROVENANCE: json.dumps(provenance, indent=1, default=plain).encode()}
+
+
+def write_generation(
+    folder: Path, number: int, parent: int, files: dict[str, bytes], key: bytes | None = None
+) -> str:
+    """Write the files of `packed` as `folder`.tmp, make them durable, rename it.
+
+    Returns the seal's SHA-256. Raises OSError, having removed what it wrote.
+    """
+    record = {"schema": SCHEMA, "generation": number, "parent": parent, "files": hashes(files)}
+    if key is not None:
+        record["hmac"] = device_key.mark(record, key)
+    seal = sealed(record)
     unfinished = folder.with_name(f"{folder.name}.tmp")
     try:
         unfinished.mkdir()
@@ -71,28 +81,85 @@ def write_generation(folder: Path, number: int, parent: int, head, statistics, p
     return hashlib.sha256(seal).hexdigest()
 
 
-def read_generation(folder: Path, number: int, seal_sha256: str | None = None) -> Generation:
+def read_generation(
+    folder: Path, number: int, seal_sha256: str | None = None, key: bytes | None = None
+) -> Generation:
     """Read and check one generation. Raises Damaged naming the file."""
-    from safetensors.numpy import load
+    return opened(read_files(folder, number, seal_sha256, key), key)
 
+
+def read_files(
+    folder: Path, number: int, seal_sha256: str | None = None, key: bytes | None = None
+) -> dict[str, bytes]:
+    """The checked files of a generation by name, its seal among them. Raises Damaged naming one."""
     raw = read(folder / _SEAL)
-    digest = hashlib.sha256(raw).hexdigest()
     seal = unsealed(raw, folder / _SEAL)
+    digest = hashlib.sha256(raw).hexdigest()
     if seal["generation"] != number or seal_sha256 not in (None, digest):
         raise Damaged(f"{_SEAL} belongs to another generation")
-    files = {}
+    mark = seal.pop("hmac", None)
+    if None not in (key, mark) and not device_key.matches(seal, mark, key):
+        raise Damaged(f"{_SEAL} was not written on this device (its key differs)")
+    files = {_SEAL: raw}
     for name, expected in seal["files"].items():
         files[name] = read(folder / name)
         if hashlib.sha256(files[name]).hexdigest() != expected:
             raise Damaged(f"{name} is damaged (its sha256 differs)")
+    return files
+
+
+def opened(files: dict[str, bytes], key: bytes | None) -> Generation:
+    """The generation in what `read_files` found with the same key."""
+    from safetensors.numpy import load
+
+    seal = json.loads(files[_SEAL])
+    arrays = {n: load(files[n]) for n in (_HEAD, _STATISTICS, _WINDOW) if n in files}
     return Generation(
-        number=number,
-        arrays=load(files[_HEAD]),
-        statistics=load(files[_STATISTICS]) if _STATISTICS in files else None,
+        number=seal["generation"],
+        arrays=arrays[_HEAD],
+        statistics=arrays.get(_STATISTICS),
         provenance=json.loads(files[_PROVENANCE]),
         parent=seal["parent"],
-        seal_sha256=digest,
+        seal_sha256=hashlib.sha256(files[_SEAL]).hexdigest(),
+        window=arrays.get(_WINDOW),
+        sealed=key is not None and "hmac" in seal,
     )
+
+
+def folders(generations: Path) -> list[tuple[int, Path]]:
+    """(number, folder) of all that lie there, sorted; with a suffix if unfinished or rejected."""
+    with contextlib.suppress(OSError):
+        return sorted(
+            (int(found[1]), folder)
+            for folder in generations.iterdir()
+            if (found := re.fullmatch(r"(\d{4,})(?:\.\w+)?", folder.name))
+        )
+    return []
+
+
+def prune(generations: Path, needed: set[int], newest: int) -> None:
+    """Delete what is neither needed nor among the newest, and all unfinished. Raises OSError."""
+    found = folders(generations)
+    finished = [number for number, folder in found if folder.suffix != ".tmp"]
+    keep = {*needed, *finished[-newest:]}
+    for number, folder in found:
+        if number not in keep or folder.suffix == ".tmp":
+            # Renamed first: a half-deleted folder must not look like a generation.
+            doomed = folder.with_suffix(".tmp")
+            os.rename(folder, doomed)
+            remove(doomed)
+
+
+def seal_in(folder: Path) -> dict[str, Any]:
+    """The seal alone, unchecked against the files; empty where it can't be read."""
+    with contextlib.suppress(Damaged, StateError):
+        return read_record(folder / _SEAL)
+    return {}
+
+
+def hashes(files: dict[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each file that a seal names: all but the seal."""
+    return {n: hashlib.sha256(data).hexdigest() for n, data in files.items() if n != _SEAL}
 
 
 def sealed(record: dict[str, Any]) -> bytes:
@@ -116,6 +183,11 @@ def unsealed(raw: bytes, path: Path) -> dict[str, Any]:
             "Update edgesolve, or give up what was learned: edgesolve factory-reset."
         )
     return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of `sealed` in a file. Raises Damaged, or StateError if a newer release wrote it."""
+    return unsealed(read(path), path)
 
 
 def read(path: Path) -> bytes:
