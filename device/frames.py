@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from edgesolve.device.errors import BackendError, InputError
+from edgesolve.device.decode import FORMATS, SUFFIXES, check_pixels, image_array, pillow
+from edgesolve.device.errors import EdgeError, InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+_DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    InputError,
+    ArithmeticError,
+    LookupError,
+    struct.error,
+)
+"""What Pillow's readers raise on damaged files, each in its own way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +55,8 @@ def load_frames(
     if path.suffix.lower() in SUFFIXES:
         try:
             return Frames(_image(path, size, channels)[None], None, [path.name])
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"{path}: not a readable image ({error}).") from error
+        except _DAMAGED as error:
+            raise InputError(f"{path}: not a readable image ({_one_line(error)}).") from error
     raise InputError(
         f"{path}: expected an image ({', '.join(SUFFIXES)}), a folder, an .npy or an .npz file."
     )
@@ -64,8 +74,12 @@ def _arrays(path: Path) -> Frames:
                     )
                 x = loaded["x"]
                 y = loaded["y"] if "y" in loaded.files else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a readable NumPy file ({error}).") from error
+    except EdgeError:
+        raise
+    except Exception as error:  # zipfile, zlib, lzma, tokenize: each reader has its own
+        raise InputError(f"{path}: not a readable NumPy file ({_one_line(error)}).") from error
+    if not all(isinstance(a, np.ndarray) for a in (x, y) if a is not None):
+        raise InputError(f"{path}: x or y is no NumPy array. Write it with numpy.savez.")
     if x.ndim < 2 or len(x) == 0:
         raise InputError(f"{path}: x has shape {x.shape}, expected (n, h, w, c) with n >= 1.")
     if y is not None:
@@ -88,8 +102,8 @@ def _folder(path: Path, size: tuple[int, int] | None, channels: int) -> Frames:
         name = str(file.relative_to(path))
         try:
             image = _image(file, size, channels)
-        except (OSError, ValueError, SyntaxError) as error:
-            skipped.append(f"{name}: not a readable image ({error}); skipped.")
+        except _DAMAGED as error:
+            skipped.append(f"{name}: not a readable image ({_one_line(error)}); skipped.")
             continue
         if frames and image.shape != frames[0].shape:
             skipped.append(
@@ -106,15 +120,15 @@ def _folder(path: Path, size: tuple[int, int] | None, channels: int) -> Frames:
 
 
 def _image(path: Path, size: tuple[int, int] | None, channels: int) -> np.ndarray:
+    """Raises InputError, BackendError, or one of _DAMAGED."""
+    Image = pillow()
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise BackendError(
-            "reading images needs Pillow: pip install 'edgesolve[images]'"
-        ) from error
-    with Image.open(path) as image:
-        image = image.convert("L" if channels == 1 else "RGB")
-        if size is not None and image.size != (size[1], size[0]):
-            image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        array = np.asarray(image)
-    return array[:, :, None] if channels == 1 else array
+        with Image.open(path, formats=FORMATS) as image:
+            check_pixels(image.size, path.name)
+            return image_array(image, size, channels)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{path.name}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
