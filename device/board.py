@@ -6,7 +6,6 @@ machine doesn't tell is None, never a guess.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import resource
@@ -19,6 +18,8 @@ ROOT = Path("/")
 PACKAGES = ("numpy", "numba", "onnxruntime", "ai-edge-litert", "tflite-runtime")
 # Bits of the Raspberry Pi firmware's get_throttled; the same plus 16 means "since boot".
 THROTTLE_BITS = {0: "under_voltage", 1: "frequency_capped", 2: "throttled", 3: "soft_temp_limit"}
+# The rail that carries everything, as the Jetson's device trees name it.
+_INPUT_RAILS = ("VDD_IN", "POM_5V_IN")
 # ARM's part numbers (MIDR_EL1) of the cores of the supported boards.
 _ARM_CORES = {
     "0xd03": "Cortex-A53",
@@ -113,6 +114,58 @@ def throttled(root: Path = ROOT, *, since_boot: bool) -> list[str] | None:
     return None
 
 
+def under_voltage(root: Path = ROOT) -> bool | None:
+    """Whether a Raspberry Pi's supply sags now: the firmware's file, else the `rpi_volt` sensor; None: not told."""
+    flags = throttled(root, since_boot=False)
+    if flags is not None:
+        return "under_voltage" in flags
+    for folder in _sensors(root, "rpi_volt"):
+        return bool(_number(folder / "in0_lcrit_alarm"))
+    return None
+
+
+def watts(root: Path = ROOT) -> float | None:
+    """What the whole board draws, by a Jetson's INA3221 on its input rail; None without such a sensor."""
+    for folder in _sensors(root, "ina3221"):
+        for label in sorted(folder.glob("in*_label")):
+            channel = label.name[2:-6]
+            millivolt = _number(folder / f"in{channel}_input")
+            milliampere = _number(folder / f"curr{channel}_input")
+            if _text(label) in _INPUT_RAILS and None not in (millivolt, milliampere):
+                return millivolt * milliampere / 1e6
+    return None
+
+
+def battery(root: Path = ROOT) -> dict[str, Any] | None:
+    """`percent` and `discharging` of the emptiest battery that feeds the board, None where there is none."""
+    found = []
+    for folder in (root / "sys/class/power_supply").glob("*"):
+        if _text(folder / "type") != "Battery" or _text(folder / "scope") == "Device":
+            continue  # a mouse's battery feeds a mouse
+        percent = _number(folder / "capacity")
+        if percent is not None:
+            found.append((percent, _text(folder / "status") == "Discharging"))
+    return dict(zip(("percent", "discharging"), min(found), strict=True)) if found else None
+
+
+def available_mib(root: Path = ROOT) -> float | None:
+    """Memory that a new process can have without swapping, in MiB."""
+    return _meminfo_mib(root, "MemAvailable")
+
+
+def disk_free_mib(path: Path) -> float | None:
+    """Room for an ordinary user on the file system that `path` lies on or would lie on, in MiB."""
+    for folder in (path, *path.absolute().parents):
+        try:
+            found = os.statvfs(folder)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+        return found.f_bavail * found.f_frsize / (1 << 20)
+    return None
+
+
 def swap(root: Path = ROOT) -> list[dict[str, Any]] | None:
     """The swap areas in use: `name`, `size_mib`, `used_mib`."""
     text = _text(root / "proc/swaps")
@@ -140,9 +193,11 @@ def glibc() -> str | None:
 
 def version(package: str) -> str | None:
     """The installed version, from its metadata: nothing is imported."""
+    from importlib import metadata  # slow to import, and needed by a benchmark alone
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 
@@ -180,6 +235,11 @@ def _text(path: Path) -> str | None:
         return path.read_text(errors="replace").strip("\0\n ") or None
     except OSError:
         return None
+
+
+def _sensors(root: Path, name: str) -> list[Path]:
+    folders = sorted((root / "sys/class/hwmon").glob("hwmon*"))
+    return [folder for folder in folders if _text(folder / "name") == name]
 
 
 def _number(path: Path) -> int | None:

@@ -132,3 +132,71 @@ def test_the_emulator_is_named(monkeypatch):
     assert board.environment()["emulated"] is True
     assert board.version("no-such-package") is None
     assert Path(os.sep) == board.ROOT
+
+
+ORIN_POWER = {
+    "sys/class/hwmon/hwmon0/name": "pwmfan\n",
+    "sys/class/hwmon/hwmon3/name": "ina3221\n",
+    "sys/class/hwmon/hwmon3/in1_label": "VDD_IN\n",
+    "sys/class/hwmon/hwmon3/in1_input": "5032\n",
+    "sys/class/hwmon/hwmon3/curr1_input": "1500\n",
+    "sys/class/hwmon/hwmon3/in2_label": "VDD_CPU_GPU_CV\n",
+    "sys/class/hwmon/hwmon3/in2_input": "5000\n",
+    "sys/class/hwmon/hwmon3/curr2_input": "700\n",
+}
+
+
+def test_power_is_that_of_the_input_rail_or_unknown(tree):
+    assert board.watts(tree(ORIN_POWER)) == pytest.approx(5.032 * 1.5)
+    tree({"sys/class/hwmon/hwmon3/in1_label": "VDD_GPU_SOC\n"})
+    assert board.watts(tree({})) is None
+
+
+def test_a_rail_without_a_current_tells_nothing(tree):
+    assert board.watts(tree({**ORIN_POWER, "sys/class/hwmon/hwmon3/curr1_input": "\n"})) is None
+
+
+def test_the_emptiest_battery_that_feeds_the_board(tree):
+    supply = "sys/class/power_supply"
+    root = tree(
+        {
+            f"{supply}/AC/type": "Mains\n",
+            f"{supply}/mouse/type": "Battery\n",
+            f"{supply}/mouse/scope": "Device\n",
+            f"{supply}/mouse/capacity": "3\n",
+            f"{supply}/BAT0/type": "Battery\n",
+            f"{supply}/BAT0/capacity": "80\n",
+            f"{supply}/BAT0/status": "Charging\n",
+        }
+    )
+    assert board.battery(root) == {"percent": 80, "discharging": False}
+    tree(
+        {
+            f"{supply}/BAT1/type": "Battery\n",
+            f"{supply}/BAT1/capacity": "40\n",
+            f"{supply}/BAT1/status": "Discharging\n",
+        }
+    )
+    assert board.battery(root) == {"percent": 40, "discharging": True}
+
+
+def test_under_voltage_now(tree):
+    root = tree({"sys/class/hwmon/hwmon1/name": "rpi_volt\n"})
+    assert board.under_voltage(root) is False
+    tree({"sys/class/hwmon/hwmon1/in0_lcrit_alarm": "1\n"})
+    assert board.under_voltage(root) is True
+    tree({"sys/devices/platform/soc/soc:firmware/get_throttled": "10004"})
+    assert board.under_voltage(root) is False
+
+
+def test_an_empty_tree_has_no_power_battery_or_voltage(tmp_path):
+    assert board.watts(tmp_path) is None
+    assert board.battery(tmp_path) is None
+    assert board.under_voltage(tmp_path) is None
+    assert board.available_mib(tmp_path) is None
+
+
+def test_room_on_the_disk_of_a_folder_that_is_not_there_yet(tmp_path):
+    known = os.statvfs(tmp_path)
+    expected = known.f_bavail * known.f_frsize / 2**20
+    assert board.disk_free_mib(tmp_path / "not" / "yet") == pytest.approx(expected, rel=0.02)
