@@ -7,24 +7,52 @@ name. Only numpy, safetensors and the standard library are needed to read one.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgesolve.device import manifest
 from edgesolve.device.errors import BundleError, InputError
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-_REQUIRED = ("name", "input", "classes", "backends", "files", "rows", "solve", "drift")
+SCHEMA_VERSION = manifest.SCHEMA_VERSION
+MANIFEST = manifest.NAME
 _SHARED = {
     "head": "head.safetensors",
     "reference": "reference.safetensors",
     "parity": "parity.npz",
 }
 """Of backends that name no file of their own: those whose rows are the float backbone's."""
+
+_HEAD = {"weights": "Dc", "intercept": "c", "starts": "g"}
+_STATISTICS = dict.fromkeys(("mean", "var", "gamma", "beta", "shift", "eps"), "S")
+_REFERENCE = {
+    "moments.n": "1",
+    "moments.v": "1",
+    "moments.mean_x": "D",
+    "moments.mean_t": "c",
+    "moments.s": "T",
+    "moments.c": "cD",
+    "prototypes": "cc",
+    "anchor_rows": "kD",
+    "anchor_logits": "kc",
+    "window_mean": "S",
+    "window_var": "S",
+}
+_PARITY = {
+    "rows": "nD",
+    "logits": "nc",
+    "teacher_logits": "nc",
+    "adapted_logits": "nc",
+    "adapted_rows": "nD",
+    "mean": "S",
+    "var": "S",
+    "window_mean": "S",
+    "window_var": "S",
+}
+"""What a file must hold, one letter an axis: D features of the head, c classes, S channels of the statistics,
+T = D (D + 1) / 2, 1 for one number. Any other letter is any length, the same wherever it stands in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +130,32 @@ class Bundle:
         return _read_checked(self.path, name, self.manifest["files"])
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """The tensors of the safetensors file `name`, hash checked."""
+        """The tensors of the safetensors file `name`: hash, shapes and numbers checked. Raises BundleError."""
         from safetensors.numpy import load
 
+        data = self.read(name)
         try:
-            return load(self.read(name))
-        except BundleError:
-            raise
+            found = load(data)
         except Exception as error:
-            raise BundleError(f"{name}: not a readable safetensors file ({error}).") from error
+            raise BundleError(
+                f"{name}: not a readable safetensors file ({manifest.line(error)})."
+            ) from error
+        if name == "statistics.safetensors":
+            self._check(name, found, _STATISTICS)
+            if not ((found["var"] >= 0).all() and (found["eps"] > 0).all()):
+                raise BundleError(f"{name}: a variance is negative, or an eps isn't positive.")
+        elif name in [_SHARED["head"], *(self.file(b, "head") for b in self.backends)]:
+            self._check(name, found, _HEAD)
+        return found
 
     def reference(self, backend: str) -> dict[str, np.ndarray]:
         """Source moments, anchors, prototypes and the drift test's window, for the rows of `backend`."""
         names = dict.fromkeys((_SHARED["reference"], self.file(backend, "reference")))
-        return {key: array for name in names for key, array in self.arrays(name).items()}
+        found = {key: array for name in names for key, array in self.arrays(name).items()}
+        self._check(", ".join(names), found, _REFERENCE, self._channels())
+        if not (found["moments.n"] > 0).all():
+            raise BundleError(f"{', '.join(names)}: moments of no rows. Build the bundle again.")
+        return found
 
     def parity(self, backend: str | None = None) -> dict[str, np.ndarray]:
         """`frames` (n, h, w, c), `rows` (n, D), `logits` (n, c) and `teacher_logits` (n, c), as torch computed them.
@@ -125,13 +165,61 @@ class Bundle:
         names = [_SHARED["parity"]]
         if backend is not None and self.file(backend, "parity") not in names:
             names.append(self.file(backend, "parity"))
-        return {key: array for name in names for key, array in self._archive(name).items()}
+        found = {key: array for name in names for key, array in self._archive(name).items()}
+        try:
+            frames = self.contract.check(found.get("frames"), "frames")
+        except InputError as error:
+            raise BundleError(f"{', '.join(names)}: {error}") from error
+        lengths = {**self._channels(), "n": len(frames)}
+        self._check(", ".join(names), found, _PARITY, lengths)
+        return found
+
+    def _channels(self) -> dict[str, int]:
+        return {"S": self.arrays("statistics.safetensors")["mean"].size}
 
     def _archive(self, name: str) -> dict[str, np.ndarray]:
         import io
+        import zipfile
 
-        with np.load(io.BytesIO(self.read(name)), allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+        data = self.read(name)
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if any(entry.compress_type for entry in archive.infolist()):
+                    raise ValueError("a part is compressed: nobody knows to which size it grows")
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                return {key: archive[key] for key in archive.files}
+        except Exception as error:
+            raise BundleError(
+                f"{name}: not a readable NumPy archive ({manifest.line(error)})."
+            ) from error
+
+    def _check(
+        self,
+        name: str,
+        found: dict[str, np.ndarray],
+        layout: dict[str, str],
+        known: dict[str, int] | None = None,
+    ) -> None:
+        """Raises BundleError unless every array of `layout` is there, of its shape, real and finite."""
+        length, classes = self.manifest["rows"]["length"], len(self.classes)
+        lengths = {"D": length, "c": classes, "T": length * (length + 1) // 2, **(known or {})}
+        for key, axes in layout.items():
+            array = found.get(key)
+            if array is None:
+                raise BundleError(f"{name}: lacks {key}. Build the bundle again.")
+            shape = (array.size,) if axes == "1" else array.shape
+            expected = tuple(
+                1 if axis == "1" else lengths.setdefault(axis, size)
+                for axis, size in zip(axes, shape, strict=False)
+            )
+            fits = len(shape) == len(axes) and shape == expected and array.size > 0
+            if not fits or array.dtype.kind not in "fiu":
+                raise BundleError(
+                    f"{name}: {key} is {array.dtype} of shape {array.shape}, which doesn't fit "
+                    f"{length} features, {classes} classes and the arrays beside it."
+                )
+            if not np.isfinite(array).all():
+                raise BundleError(f"{name}: {key} holds NaN or inf.")
 
     def check_all(self) -> list[str]:
         """Every file's hash; returns the names checked. Raises BundleError at the first that differs."""
@@ -146,10 +234,8 @@ def _read_checked(folder: Path, name: str, files: dict[str, Any]) -> bytes:
         raise BundleError(
             f"{name}: not in this bundle's manifest, which names {', '.join(sorted(files))}."
         )
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BundleError(f"{name}: points outside the bundle; refused.")
     try:
-        data = (folder / name).read_bytes()
+        data = manifest.read_inside(folder, name, entry["bytes"])
     except OSError as error:
         raise BundleError(
             f"{name}: cannot be read ({error.strerror}). Copy the bundle again."
@@ -169,24 +255,9 @@ def open_bundle(path: str | Path) -> Bundle:
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder.")
     try:
-        raw = (folder / MANIFEST).read_bytes()
+        raw = manifest.read_inside(folder, MANIFEST, manifest.LARGEST)
     except OSError as error:
         raise BundleError(
             f"{folder}: {MANIFEST} cannot be read ({error.strerror}); this is not a finished bundle."
         ) from error
-    try:
-        manifest = json.loads(raw)
-    except ValueError as error:
-        raise BundleError(
-            f"{MANIFEST}: not valid JSON ({error}). Copy the bundle again."
-        ) from error
-    found = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if found != SCHEMA_VERSION:
-        raise BundleError(
-            f"{MANIFEST}: schema_version is {found}, this runtime reads {SCHEMA_VERSION}. "
-            "Re-export the bundle with the matching host release, or update edgesolve here."
-        )
-    missing = [key for key in _REQUIRED if key not in manifest]
-    if missing:
-        raise BundleError(f"{MANIFEST}: lacks {', '.join(missing)}. Build the bundle again.")
-    return Bundle(folder, manifest, hashlib.sha256(raw).hexdigest())
+    return Bundle(folder, manifest.parse(raw), hashlib.sha256(raw).hexdigest())

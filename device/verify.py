@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from edgesolve.device import signature
 from edgesolve.device.bundle import Bundle
 from edgesolve.device.errors import BackendError, ParityError
 from edgesolve.device.runtime import Runtime, adapted_graph, open_runtime
@@ -23,13 +24,22 @@ SURE = 10 * INTEGER_TOLERANCE
 
 
 def verify(
-    bundle: Bundle, *, backends: list[str] | None = None, threads: int = 1
+    bundle: Bundle,
+    *,
+    backends: list[str] | None = None,
+    threads: int = 1,
+    trusted: list[bytes] | None = None,
+    signature_required: bool = False,
 ) -> dict[str, Any]:
-    """Hashes of every file, then per backend: logits, re-normalised rows, the teacher and its statistics.
+    """The signature (`trusted` public keys, None: EDGESOLVE_KEYS), hashes of every file, then per backend: logits,
+    re-normalised rows, the teacher and its statistics.
 
     A backend whose runtime is not installed is reported as skipped; none at all raises BackendError. A
-    difference above TOLERANCE, of int8 rows above INTEGER_TOLERANCE, raises ParityError naming what differs.
+    difference above TOLERANCE, of int8 rows above INTEGER_TOLERANCE, raises ParityError naming what differs; a
+    wrong signature SignatureError.
     """
+    keys = signature.trusted_keys() if trusted is None else trusted
+    signed = signature.check(bundle, keys, signature_required)
     files = bundle.check_all()
     found: dict[str, Any] = {}
     for backend in backends or list(bundle.backends):
@@ -41,7 +51,7 @@ def verify(
         found[backend] = _check(bundle, runtime, backend, threads)
     if all("skipped" in entry for entry in found.values()):
         raise BackendError("; ".join(entry["skipped"] for entry in found.values()))
-    return {"files": files, "backends": found, "sha256": bundle.sha256, "signature": "unsigned"}
+    return {"files": files, "backends": found, "sha256": bundle.sha256, "signature": signed}
 
 
 def _check(bundle, runtime: Runtime, backend, threads) -> dict[str, Any]:
