@@ -5,7 +5,8 @@ No files are written here. collect -> drift test -> re-normalise -> re-solve -> 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,27 +15,13 @@ import numpy as np
 from edgesolve.device import budget, drift, gate
 from edgesolve.device.bundle import Bundle
 from edgesolve.device.errors import UsageError
+from edgesolve.device.patch import Statistics
 from edgesolve.device.runtime import Head, Runtime, factory_head, source_statistics
+from edgesolve.device.solve import solve, source_moments
 from edgesolve.device.teacher import Pass, Teacher, mixed
-from edgesolve.kernels.moments import Moments, pooled
+from edgesolve.device.triage import triage
+from edgesolve.kernels.moments import Moments
 
-SENTENCES = {
-    "gate_passed": "The window has drifted and the new head passed every check.",
-    "returned": "The window looks like the factory condition again; the factory head is back.",
-    "dry_run": "The new head passed every check; nothing was written because of --dry-run.",
-    "no_drift": "The window looks like the calibration data; there is nothing to correct.",
-    "too_few_samples": "The window has too few usable frames to estimate anything from.",
-    "too_few_classes": "The window holds too few classes: its statistics would describe them, not the sensor.",
-    "out_of_time": "Not even the smallest window fits into --seconds.",
-    "memory_bound": "Not even the smallest window fits into --memory-mib.",
-    "not_finite": "The solve met NaN or inf; look at the frames.",
-    "gap_too_large": "The solve ended too far from its optimum.",
-    "anchor_agreement": "The new head would forget the source condition: it disagrees on the anchors.",
-    "heldout_worse": "The new head is no closer to the re-normalised teacher on held-out frames.",
-    "marginal_shift": "The new head would predict far fewer classes than the teacher.",
-    "confidence_collapse": "The new head would be far less certain than the teacher.",
-    "frozen": "The state folder holds a FROZEN file; learning is off.",
-}
 MIN_FRAMES = 16
 LABEL_WEIGHT = 4.0
 
@@ -43,8 +30,10 @@ LABEL_WEIGHT = 4.0
 class Options:
     """`mode`: "auto" (what the bundle allows), "backbone" (statistics adaptable) or "head" (untouchable).
 
-    share, share_n0: statistics move share x n / (n + share_n0) of the way to the window. mass_backbone,
-    mass_head: say of the window against the source moments in the re-solve, in either mode.
+    share, share_n0: statistics move share x n / (n + share_n0) x (1 - 1 / drift score) of the way to the window.
+    mass_backbone, mass_head: say of the window against the source moments in the re-solve, in either mode.
+    decay: what an earlier window of the same features still counts. look_only: test for drift, change nothing.
+    again: solve even if the head in force was solved under the condition that the window shows.
     """
 
     mode: str = "auto"
@@ -55,17 +44,35 @@ class Options:
     share_n0: float = 12.0
     mass_backbone: float = 0.3
     mass_head: float = 3.0
+    decay: float = 0.5
+    look_only: bool = False
+    again: bool = True
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What generation `generation` learnt from its own window, and how much it counts now."""
+
+    generation: int
+    weight: float
+    window: Moments
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`head`, `statistics` are what to put in force (None: keep); `report` is JSON for the user."""
+    """`head`, `statistics` are what to put in force (None: keep); `report` is JSON for the user.
+
+    `window`: moments of this window alone, which the head was solved on beside the source's and those of the
+    earlier windows that `report["parts"]` names. `condition`: statistics by which that condition is known again.
+    """
 
     decision: str
     reason: str
     head: Head | None = None
     statistics: dict[str, np.ndarray] | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    window: Moments | None = None
+    condition: dict[str, np.ndarray] | None = None
 
 
 def recalibrate(
@@ -77,8 +84,12 @@ def recalibrate(
     options: Options,
     clock: Callable[[], float],
     say: Callable[[str], None] = lambda text: None,
+    earlier: Callable[[str], Sequence[Earlier]] = lambda features: (),
 ) -> Outcome:
-    """Decide about frames (n, h, w, c), already checked; labels (n,) int or None, -1 = unlabelled."""
+    """Decide about frames (n, h, w, c), already checked; labels (n,) int or None, -1 = unlabelled.
+
+    `earlier(features_sha256)` gives windows whose rows are the same features, to be learnt from as well.
+    """
     mode = _mode(bundle, options, current.backend)
     report: dict[str, Any] = {"mode": mode, "n_given": len(frames)}
     frames, labels, report["bad_frames"] = _usable(frames, labels)
@@ -92,52 +103,149 @@ def recalibrate(
     frames, labels = _spread(frames, labels, n)
     report["n"] = n
 
-    source = source_statistics(bundle)
-    reference = bundle.reference(current.backend)
-    say(f"looking at {n} frames")
+    look = _look(bundle, current, teacher, frames, labels, clock, say)
+    report["drift"] = look.figures
+    reason = _settled(look, current, options)
+    if reason == "returned" and not options.look_only:
+        report["forward_seconds"] = look.seconds
+        head = factory_head(bundle, current.backend)
+        return Outcome("accepted", reason, head, None, report, condition=look.condition)
+    if reason is not None:
+        return _kept(reason, report, look.seconds)
+    moved = _moved(look, teacher, options, clock, say)
+    kind = triage(look.found, look.plain.logits, look.reference["anchor_logits"], moved.at.logits)
+    report["drift"]["kind"] = kind.kind
+    report["share"] = moved.share
+    if not look.labelled and kind.kind == "unknown_content":
+        return _kept("unknown_content", report, moved.seconds)
+    if not look.labelled and _few_classes(moved.at.logits):
+        return _kept("too_few_classes", report, moved.seconds)
+    return _solved(bundle, current, look, moved, mode, options, report, clock, say, earlier)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A window under factory statistics. `figures`: what the report says about drift."""
+
+    frames: np.ndarray
+    labels: np.ndarray | None
+    labelled: bool
+    source: Statistics
+    reference: dict[str, np.ndarray]
+    plain: Pass
+    found: drift.Drift
+    figures: dict[str, Any]
+    seconds: float
+
+    @property
+    def condition(self) -> dict[str, np.ndarray]:
+        """The window's own statistics, by which the same condition is known again."""
+        n = np.float64(len(self.frames))
+        return {
+            "seen.mean": self.plain.mean,
+            "seen.var": self.plain.var,
+            "seen.n": np.atleast_1d(n),
+        }
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """The teacher `at` statistics that were moved a `share` of the way to the window's."""
+
+    at: Pass
+    mean: np.ndarray
+    var: np.ndarray
+    share: float
+    seconds: float
+
+
+def _look(bundle, current, teacher, frames, labels, clock, say) -> _Look:
+    source, reference = source_statistics(bundle), bundle.reference(current.backend)
+    say(f"looking at {len(frames)} frames")
     began = clock()
     plain = teacher.run(frames, 0.0, source.mean, source.var)
-    forward = clock() - began
-    found = drift.test(plain.mean, plain.var, n, reference, bundle.manifest["drift"])
-    report["drift"] = {
-        "score": found.score,
+    seconds = clock() - began
+    thresholds, n = bundle.manifest["drift"], len(frames)
+    found = drift.test(plain.mean, plain.var, n, reference, thresholds)
+    score = found.score
+    if current.condition is not None:
+        score = drift.from_condition(plain.mean, plain.var, n, current.condition, thresholds)
+    kind = triage(found, plain.logits, reference["anchor_logits"])
+    figures = {
+        "score": score,
+        "from_factory": found.score,
         "content": found.content,
-        "alarm": found.alarm,
+        "alarm": score > 1.0,
+        "kind": kind.kind,
         "windows_per_false_alarm": found.windows_per_false_alarm,
     }
     labelled = labels is not None and bool((labels >= 0).any())
-    if not found.alarm and not labelled:
-        return _unchanged(bundle, current, report, forward)
-    if not labelled and not found.beyond_content and _few_classes(plain.logits):
-        return _kept("too_few_classes", report, forward)
+    return _Look(frames, labels, labelled, source, reference, plain, found, figures, seconds)
 
-    if found.alarm:
-        say("re-normalising")
-        began = clock()
-        share = options.share * n / (n + options.share_n0)
-        window = teacher.run(frames, share, source.mean, source.var)
-        mean, var = mixed(source.mean, source.var, window, share)
-        moved = teacher.run(frames, 0.0, mean, var)
-        forward += clock() - began
-        report["share"] = share
-    else:
-        mean, var, moved = source.mean, source.var, plain
-    if not labelled and _few_classes(moved.logits):
-        return _kept("too_few_classes", report, forward)
 
+def _settled(look: _Look, current: Runtime, options: Options) -> str | None:
+    """The reason to end here, or None."""
+    if look.labelled:
+        return None
+    if not look.found.alarm:
+        return "no_drift" if current.generation == 0 else "returned"
+    if not (look.figures["alarm"] or (options.again and not options.look_only)):
+        return "no_drift"
+    if not look.found.beyond_content and _few_classes(look.plain.logits):
+        return "too_few_classes"
+    return "drifted" if options.look_only else None
+
+
+def _moved(look: _Look, teacher: Teacher, options: Options, clock, say) -> _Moved:
+    mean, var = look.source.mean, look.source.var
+    if not look.found.alarm:
+        return _Moved(look.plain, mean, var, 0.0, look.seconds)
+    say("re-normalising")
+    began, n = clock(), len(look.frames)
+    # As James and Stein shrink a mean: of a score of 1 all may be chance, of a high one hardly any.
+    share = options.share * n / (n + options.share_n0) * (1.0 - 1.0 / look.found.score)
+    window = teacher.run(look.frames, share, mean, var)
+    mean, var = mixed(mean, var, window, share)
+    at = teacher.run(look.frames, 0.0, mean, var)
+    return _Moved(at, mean, var, share, look.seconds + clock() - began)
+
+
+def _solved(
+    bundle, current, look: _Look, moved: _Moved, mode, options, report, clock, say, earlier
+) -> Outcome:
+    """Re-solve on three quarters of the window and judge by the rest."""
+    began, forward = clock(), moved.seconds
+    rows = (moved.at if mode == "backbone" else look.plain).rows
     if bundle.own_rows(current.backend):
-        began = clock()
-        rows = current.rows(frames)
-        forward += clock() - began
-    else:
-        rows = moved.rows if mode == "backbone" else plain.rows
-    targets, weights = _targets(moved, labels, reference)
-    report["target"] = "labels" if labelled else "renormalised_teacher"
+        rows = current.rows(look.frames)
+    forward += clock() - began
+    targets, weights = _targets(moved.at, look.labels, look.reference)
+    report["target"] = "labels" if look.labelled else "renormalised_teacher"
+    statistics = None
+    if mode == "backbone" and look.found.alarm:
+        statistics = {"mean": moved.mean.astype(np.float32), "var": moved.var.astype(np.float32)}
     say("re-solving the head")
     began = clock()
-    solved, judged = _solve(bundle, current, reference, rows, targets, weights, mode, options)
-    report["solve_seconds"] = clock() - began
+    own, judged = _window(rows, targets, weights)
+    own = Moments.from_arrays(own.to_arrays())  # as it is kept: an audit solves the same program
+    features = features_sha256(bundle, current.backend, statistics)
+    seen, parts = own, [{"generation": None, "weight": 1.0}]
+    for part in earlier(features):
+        seen = seen + part.window.scaled(part.weight)
+        parts.append({"generation": part.generation, "weight": part.weight})
+    mass = options.mass_backbone if mode == "backbone" else options.mass_head
+    report.update(mass=mass, parts=parts, features_sha256=features)
+    solved = solve(
+        bundle,
+        current.backend,
+        source_moments(look.reference),
+        seen,
+        mass,
+        start=current.head.weights,
+        seconds=None if options.seconds is None else 0.5 * options.seconds,
+    )
     report.update(
+        solve_seconds=clock() - began,
         status=solved.status.name.lower(),
         status_sentence=solved.status.value,
         relative_gap=solved.relative_gap,
@@ -146,20 +254,38 @@ def recalibrate(
     )
     head = Head(solved.weights.astype(np.float32), solved.intercept.astype(np.float32))
     began = clock()
-    old = current.logits(frames[judged])
-    forward += clock() - began
-    report["forward_seconds"] = forward
+    old = current.logits(look.frames[judged])
+    report["forward_seconds"] = forward + clock() - began
     evidence = _evidence(
-        bundle, current, head, old, rows[judged], targets[judged], reference, solved
+        bundle, current, head, old, rows[judged], targets[judged], look.reference, solved
     )
     reason, report["gate"] = gate.judge(evidence)
     report["flipped"] = float((evidence.new.argmax(1) != evidence.old.argmax(1)).mean())
+    report["answers"] = _answers(bundle, evidence)
     if reason:
         return Outcome("kept", reason, report=report)
-    statistics = None
-    if mode == "backbone" and found.alarm:
-        statistics = {"mean": mean.astype(np.float32), "var": var.astype(np.float32)}
-    return Outcome("accepted", "gate_passed", head, statistics, report)
+    return Outcome("accepted", "gate_passed", head, statistics, report, own, look.condition)
+
+
+def features_sha256(bundle: Bundle, backend: str, statistics: dict[str, np.ndarray] | None) -> str:
+    """Names the features that rows are: moments of equal ones may be added."""
+    digest = hashlib.sha256(bundle.manifest["rows"]["basis_sha256"].encode())
+    if bundle.own_rows(backend):
+        name = bundle.backends[backend]["backbone"]
+        digest.update(bundle.manifest["files"][name]["sha256"].encode())
+    for name in sorted(statistics or {}):
+        digest.update(statistics[name].tobytes())
+    return digest.hexdigest()
+
+
+def _answers(bundle: Bundle, evidence: gate.Evidence) -> list[dict[str, Any]]:
+    """Share of the judging slice that each class is given, before and after: classes gaining and losing."""
+    new, old = (np.bincount(e.argmax(1), minlength=len(bundle.classes)) / len(e)
+                for e in (evidence.new, evidence.old))  # fmt: skip
+    return [
+        {"class": name, "before": float(b), "after": float(a)}
+        for name, b, a in zip(bundle.classes, old, new, strict=True)
+    ]
 
 
 def _mode(bundle: Bundle, options: Options, backend: str | None = None) -> str:
@@ -219,8 +345,8 @@ def _targets(moved: Pass, labels, reference) -> tuple[np.ndarray, np.ndarray]:
     return targets, weights
 
 
-def _solve(bundle, current, reference, rows, targets, weights, mode, options):
-    """Re-solve on three quarters of the rows, pooled with the source; the last quarter judges."""
+def _window(rows, targets, weights) -> tuple[Moments, np.ndarray]:
+    """(moments of three quarters of the rows, the numbers of the last quarter, which judges)."""
     judged = np.arange(len(rows)) % 4 == 3
     window = None
     for weight in np.unique(weights[~judged]):
@@ -228,29 +354,7 @@ def _solve(bundle, current, reference, rows, targets, weights, mode, options):
         found = Moments.of(rows[part], targets[part])
         found = found if weight == 1.0 else found.scaled(float(weight))
         window = found if window is None else window + found
-    source = Moments.from_arrays(
-        {k.removeprefix("moments."): v for k, v in reference.items() if k.startswith("moments.")}
-    )
-    mass = options.mass_backbone if mode == "backbone" else options.mass_head
-    mass *= window.n / (window.n + 48.0)
-    together = pooled(source, window, mass)
-    spec = bundle.manifest["solve"]
-    relative = bundle.backends[current.backend].get("ridge", spec["ridge"])
-    if spec["penalty"] == "ridge":
-        from edgesolve.kernels.ridge import ridge
-
-        return ridge(together, relative), np.flatnonzero(judged)
-    from edgesolve.kernels.losses import SquaredMoments
-    from edgesolve.kernels.newton import newton
-    from edgesolve.kernels.penalties import GroupL2, lam_max
-    from edgesolve.kernels.ridge import ridge_absolute
-
-    loss = SquaredMoments.of(together, ridge_absolute(together, relative))
-    starts = bundle.arrays(bundle.file(current.backend, "head"))["starts"]
-    penalty = GroupL2(spec["lam"] * lam_max(loss, GroupL2(1.0, starts)), starts)
-    seconds = np.inf if options.seconds is None else 0.5 * options.seconds
-    start = current.head.weights.astype(np.float64)
-    return newton(loss, penalty, start, tol=1e-7, seconds=seconds), np.flatnonzero(judged)
+    return window, np.flatnonzero(judged)
 
 
 def _evidence(bundle, current, head, old, rows, targets, reference, solved) -> gate.Evidence:
@@ -264,14 +368,6 @@ def _evidence(bundle, current, head, old, rows, targets, reference, solved) -> g
         anchors=reference["anchor_logits"],
         relative_gap=solved.relative_gap,
     )
-
-
-def _unchanged(bundle: Bundle, current: Runtime, report, forward) -> Outcome:
-    """No drift from the factory condition: keep the factory head, or go back to it."""
-    report["forward_seconds"] = forward
-    if current.generation == 0:
-        return Outcome("kept", "no_drift", report=report)
-    return Outcome("accepted", "returned", factory_head(bundle, current.backend), None, report)
 
 
 def _kept(reason: str, report: dict[str, Any], forward: float = 0.0) -> Outcome:

@@ -49,6 +49,20 @@ def test(
     return Drift(score / null, content / null, thresholds["windows_per_false_alarm"])
 
 
+def from_condition(
+    mean: np.ndarray,
+    var: np.ndarray,
+    n: int,
+    condition: dict[str, np.ndarray],
+    thresholds: dict[str, Any],
+) -> float:
+    """Score of a window against the window that a head was solved on ("seen.mean", "seen.var", "seen.n"); above 1:
+    another condition. Both are samples, so the threshold is raised by 1 + n / seen.n."""
+    seen = float(condition["seen.n"][0])
+    score = float(divergence(mean, var, condition["seen.mean"], condition["seen.var"]))
+    return score / (_at(n, thresholds["sizes"], thresholds["null"]) * (1.0 + n / seen))
+
+
 def _at(n: int, sizes: list[int], values: list[float]) -> float:
     """Threshold at window size n, straight in log-log; flat beyond the largest size that was calibrated."""
     return float(np.exp(np.interp(np.log(n), np.log(sizes), np.log(np.maximum(values, 1e-300)))))

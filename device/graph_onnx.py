@@ -53,7 +53,12 @@ class OnnxGraph:
         self._names = [name for name, _, _ in self.inputs]
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        return self._session.run(None, dict(zip(self._names, arrays, strict=True)))
+        try:
+            return self._session.run(None, dict(zip(self._names, arrays, strict=True)))
+        except Exception as error:
+            raise BackendError(
+                f"onnxruntime cannot run this model: {_first_line(error)}"
+            ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -28,10 +28,14 @@ class TfliteGraph:
         self._out = [detail["index"] for detail in self._outputs_in_order()]
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        for index, array in zip(self._in, arrays, strict=True):
-            self._interpreter.set_tensor(index, array)
-        self._interpreter.invoke()
-        return [self._interpreter.get_tensor(index) for index in self._out]
+        try:
+            for index, array in zip(self._in, arrays, strict=True):
+                self._interpreter.set_tensor(index, array)
+            self._interpreter.invoke()
+            return [self._interpreter.get_tensor(index) for index in self._out]
+        except Exception as error:
+            line = str(error).strip().splitlines()[0][:200]
+            raise BackendError(f"{self.runtime} cannot run this model: {line}") from error
 
     def _outputs_in_order(self) -> list[dict]:
         details = self._interpreter.get_output_details()

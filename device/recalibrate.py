@@ -6,6 +6,9 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,13 @@ from edgesolve.device import adapt
 from edgesolve.device.board import peak_rss_mib
 from edgesolve.device.bundle import open_bundle
 from edgesolve.device.errors import InputError
+from edgesolve.device.in_force import newest
+from edgesolve.device.operator import frozen
+from edgesolve.device.reasons import SENTENCES
 from edgesolve.device.runtime import choose_backend, open_runtime
-from edgesolve.device.store import Store
+from edgesolve.device.store import KEEP_NEWEST, Store
 from edgesolve.device.teacher import open_teacher
+from edgesolve.kernels.moments import Moments
 
 
 def run(
@@ -28,11 +35,14 @@ def run(
     state: str | Path,
     backend: str = "auto",
     threads: int = 1,
-    dry_run: bool = False,
+    action: str = "commit",
     options: adapt.Options | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Decide, and put in force what was accepted; returns the report (contract: product.md).
+    """Decide, and do with what was accepted as `action` says; returns the report (contract: product.md).
+
+    action : "commit" puts it in force, "trial" does so on probation, "propose" keeps it as a candidate, "show"
+        writes nothing.
 
     The generation in force changes by one atomic pointer swap at the very end, so a kill at any moment leaves
     the old head or the new one. Raises BusyError while another process recalibrates the same state folder.
@@ -45,36 +55,70 @@ def run(
     if labels is not None:
         labels = _check_labels(labels, len(frames), len(bundle.classes))
     store = Store(state)
-    with contextlib.nullcontext() if dry_run else store.lock():
+    silent = action == "show" or options.look_only
+    with contextlib.nullcontext() if silent else store.lock():
         current = open_runtime(bundle, backend=backend, state=state, threads=threads)
-        if (Path(state) / "FROZEN").exists():
+        if frozen(store) and not options.look_only:
             outcome = adapt.Outcome("kept", "frozen", report={"n": 0})
         else:
             teacher = open_teacher(bundle, backend, threads)
+            earlier = partial(_earlier, store, bundle, options.decay)
             outcome = adapt.recalibrate(
-                bundle, current, teacher, frames, labels, options, time.perf_counter, say
+                bundle, current, teacher, frames, labels, options, time.perf_counter, say, earlier
             )
         report = _report(outcome, bundle, current, backend, began)
-        if dry_run:
-            if outcome.decision == "accepted":
-                report.update(decision="proposed", reason="dry_run", would_be=outcome.reason)
-        else:
-            if outcome.head is not None:
-                provenance = {
-                    **{k: v for k, v in report.items() if k != "generation"},
-                    "bundle_sha256": bundle.sha256,
-                    "parent": current.generation,
-                    "window_sha256": hashlib.sha256(frames.tobytes()).hexdigest(),
-                    "options": _plain(options),
-                }
-                report["generation"] = store.commit(
-                    outcome.head.to_arrays(), outcome.statistics, provenance
-                )
+        if outcome.head is not None:
+            window_sha256 = hashlib.sha256(frames.tobytes()).hexdigest()
+            _act(action, store, bundle, outcome, report, window_sha256, options)
+        if not silent:
             store.journal({"time": time.time(), **_short(report)})
     report["seconds"] = time.perf_counter() - began
     report["peak_rss_mib"] = peak_rss_mib()
-    report["sentence"] = adapt.SENTENCES.get(report["reason"], "")
+    report["sentence"] = SENTENCES.get(report["reason"], "")
     return report
+
+
+def _act(action: str, store: Store, bundle, outcome, report, window_sha256: str, options) -> None:
+    """Store what was accepted; `report` then says what became of it."""
+    provenance = {
+        **{k: v for k, v in report.items() if k != "generation"},
+        "time": time.time(),
+        "edgesolve": version("edgesolve"),
+        "bundle_sha256": bundle.sha256,
+        "parent": report["generation"],
+        "window_sha256": window_sha256,
+        "options": asdict(options),
+    }
+    window = dict(outcome.condition or {})
+    if outcome.window is not None:
+        window.update(outcome.window.to_arrays())
+    head = outcome.head.to_arrays()
+    if action == "commit" or action == "trial":
+        report["generation"] = store.commit(
+            head, outcome.statistics, provenance, window=window, committed=action == "commit"
+        )
+        return
+    report.update(decision="proposed", would_be=outcome.reason)
+    if action == "propose":
+        store.propose(head, outcome.statistics, provenance, window=window)
+    report["reason"] = "awaiting_approval" if action == "propose" else "dry_run"
+
+
+def _earlier(store: Store, bundle, decay: float, features: str) -> list[adapt.Earlier]:
+    """The windows that the head in force was solved on, where their rows are the same features, counting less."""
+    used = store.current(bundle.sha256)
+    if used is None or used.provenance.get("features_sha256") != features:
+        return []
+    found = []
+    for part in used.provenance["parts"][: KEEP_NEWEST - 1]:  # older ones are deleted by the next
+        number = part["generation"] or used.number
+        kept = used
+        if number != used.number:
+            kept = newest(store.path, bundle.sha256, [], below=number + 1)
+        if kept is not None and kept.number == number and "s" in (kept.window or {}):
+            window = Moments.from_arrays(kept.window)
+            found.append(adapt.Earlier(number, decay * part["weight"], window))
+    return found
 
 
 def _report(outcome, bundle, current, backend, began) -> dict[str, Any]:
@@ -98,10 +142,6 @@ def _report(outcome, bundle, current, backend, began) -> dict[str, Any]:
 def _short(report: dict[str, Any]) -> dict[str, Any]:
     keys = ("decision", "reason", "generation", "n", "relative_gap", "seconds", "bundle")
     return {key: report.get(key) for key in keys}
-
-
-def _plain(options: adapt.Options) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in adapt.Options.__slots__}
 
 
 def _check_labels(labels: np.ndarray, n: int, classes: int) -> np.ndarray:

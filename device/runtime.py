@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from edgesolve.device.bundle import Bundle, open_bundle
 from edgesolve.device.errors import BackendError, BundleError
 from edgesolve.device.graph import BACKENDS, Graph, open_graph
 from edgesolve.device.patch import Statistics, patched
+
+if TYPE_CHECKING:
+    from edgesolve.device.generation import Generation
 
 _CHUNK = 32
 
@@ -49,7 +53,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Runtime:
-    """`generation` 0 is the factory head. `notes`: what loading fell back from, one sentence each."""
+    """`generation` 0 is the factory head. `notes`: what loading fell back from, one sentence each. `condition`: of the
+    window that the head was solved on (`drift.from_condition`), None for the factory's."""
 
     bundle: Bundle
     backend: str
@@ -57,6 +62,7 @@ class Runtime:
     head: Head
     generation: int
     notes: list[str]
+    condition: dict[str, np.ndarray] | None = None
 
     def rows(self, frames: np.ndarray) -> np.ndarray:
         """Rows (n, D) float32 for frames (n, h, w, c) in the bundle's contract (not checked here)."""
@@ -131,25 +137,32 @@ def open_runtime(
     """Open a bundle with the generation in force under `state` (the factory head where there is none)."""
     bundle = path if isinstance(path, Bundle) else open_bundle(path)
     backend = choose_backend(bundle, backend)
-    notes: list[str] = []
-    if state is not None and Path(state).exists():
-        from edgesolve.device.store import Store
+    if state is None or not Path(state).exists():
+        return open_generation(bundle, backend, None, [], threads)
+    from edgesolve.device.store import Store
 
-        store = Store(state)
-        found = store.current(bundle_sha256=bundle.sha256)
-        notes = store.notes
-        if found is not None:
-            try:
-                name = f"generation {found.number}"
-                _check_rows(bundle, found.provenance.get("backend", backend), backend, name)
-                head = Head.from_arrays(found.arrays, name)
-                expected = (bundle.manifest["rows"]["length"], len(bundle.classes))
-                if head.weights.shape != expected:
-                    raise BundleError(f"{name}: weights are {head.weights.shape}, not {expected}.")
-                graph = adapted_graph(bundle, backend, found.statistics, threads)
-                return Runtime(bundle, backend, graph, head, found.number, notes)
-            except BundleError as error:  # whole, but wrong: the device must answer all the same
-                notes = [*notes, f"{error} In use instead: the factory head."]
+    store = Store(state)
+    found = store.current(bundle_sha256=bundle.sha256)
+    return open_generation(bundle, backend, found, store.notes, threads)
+
+
+def open_generation(
+    bundle: Bundle, backend: str, found: Generation | None, notes: list[str], threads: int
+) -> Runtime:
+    """Open `backend` with the learnt head `found`; None, or one that doesn't fit, gives the factory head."""
+    if found is not None:
+        try:
+            name = f"generation {found.number}"
+            _check_rows(bundle, found.provenance.get("backend", backend), backend, name)
+            head = Head.from_arrays(found.arrays, name)
+            expected = (bundle.manifest["rows"]["length"], len(bundle.classes))
+            if head.weights.shape != expected:
+                raise BundleError(f"{name}: weights are {head.weights.shape}, not {expected}.")
+            graph = adapted_graph(bundle, backend, found.statistics, threads)
+            seen = {k: v for k, v in (found.window or {}).items() if k.startswith("seen.")}
+            return Runtime(bundle, backend, graph, head, found.number, notes, seen or None)
+        except BundleError as error:  # whole, but wrong: the device must answer all the same
+            notes = [*notes, f"{error} In use instead: the factory head."]
     graph = _factory_graph(bundle, backend, threads)
     return Runtime(bundle, backend, graph, factory_head(bundle, backend), 0, notes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from edgesolve.device import operator, signature
 from edgesolve.device.bundle import Bundle
 
 
@@ -166,15 +167,19 @@ def _head(generation: int) -> str:
 
 def status(bundle: Bundle, store) -> dict[str, Any]:
     current = store.current(bundle_sha256=bundle.sha256)
+    notes, at = list(store.notes), store.pointer(bundle.sha256)
     history = store.history()
     provenance = current.provenance if current else {}
     return {
         "schema": 1,
         "bundle": bundle.manifest["name"],
         "bundle_sha256": bundle.sha256,
-        "signature": "unsigned",
+        "signature": signature.check(bundle, signature.trusted_keys(), required=False),
         "state": str(store.path),
         "generation": current.number if current else 0,
+        "committed": at["committed"] if at else True,
+        "candidate": bool(store.candidate(bundle.sha256)),
+        "frozen": operator.frozen(store),
         "previous": current.parent if current else 0,
         "renormalised": bool(current and current.statistics),
         "backend": provenance.get("backend"),
@@ -183,7 +188,7 @@ def status(bundle: Bundle, store) -> dict[str, Any]:
         "relative_gap": provenance.get("relative_gap"),
         "last": history[-1] if history else None,
         "decisions": len(history),
-        "notes": store.notes,
+        "notes": notes,
     }
 
 
@@ -193,6 +198,12 @@ def status_text(found: dict[str, Any]) -> str:
         + (f", previous {_head(found['previous'])}" if found["generation"] else ""),
         f"state {found['state']}, {found['decisions']} decisions",
     ]
+    if found["candidate"]:
+        lines.append("a proposed head waits: edgesolve approve, or edgesolve reject")
+    if not found["committed"]:
+        lines.append("the head in force is on probation")
+    if found["frozen"]:
+        lines.append("learning is frozen: edgesolve unfreeze lets it learn again")
     if found["last"]:
         lines.append(f"last: {found['last'].get('decision')} ({found['last'].get('reason')})")
     return "\n".join([*lines, *found["notes"]])

@@ -13,12 +13,15 @@ ALLOWED = {
     "kernels": {"numpy", "edgesolve.kernels"},
     "device": {
         *("numpy", "safetensors", "PIL", "onnxruntime", "ai_edge_litert", "tflite_runtime"),
+        *("cv2", "picamera2", "prometheus_client", "paho", "nacl"),  # extras, inside functions
         *("edgesolve.kernels", "edgesolve.device"),
     },
 }
 # `graph` runs an int8 file: its head has to be solved on what the integer kernels give.
+# The vendor signs what the device checks: `signature` is one contract, `atomic` how both write it.
 CONTRACT = {
-    f"edgesolve.device.{name}" for name in ("bundle", "errors", "frames", "graph", "head", "patch")
+    f"edgesolve.device.{name}"
+    for name in ("bundle", "errors", "frames", "graph", "head", "patch", "atomic", "signature")
 }
 
 

@@ -1,0 +1,61 @@
+"""Open the generation in force on a thread of its own, try it, and hand it over when it is known to answer."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from edgesolve.device.bundle import Bundle
+from edgesolve.device.errors import EdgeError, ParityError
+from edgesolve.device.runtime import Runtime, open_generation
+from edgesolve.device.store import Store
+
+
+class Swap:
+    """One attempt: `done` once `runtime` or `error` is there. Nothing waits for it."""
+
+    def __init__(self, bundle: Bundle, backend: str, state, threads: int):
+        self.runtime: Runtime | None = None
+        self.error: str = ""
+        self.uncommitted = False
+        self._arguments = (bundle, backend, Store(state), threads)
+        self._thread = threading.Thread(target=self._open, name="edgesolve-swap", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _open(self) -> None:
+        try:
+            self.runtime, self.uncommitted = opened(*self._arguments)
+        except EdgeError as error:
+            self.error = str(error)
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+
+
+def opened(bundle: Bundle, backend: str, store: Store, threads: int) -> tuple[Runtime, bool]:
+    """(the runtime of the generation in force, tried on the bundle's own frames; whether it is on probation).
+
+    A generation on probation loses one of its tries here. Raises EdgeError.
+    """
+    found = store.start(bundle.sha256)
+    runtime = open_generation(bundle, backend, found, list(store.notes), threads)
+    check(runtime)
+    pointer = store.pointer()
+    uncommitted = bool(runtime.generation and pointer and not pointer["committed"])
+    return runtime, uncommitted
+
+
+def check(runtime: Runtime) -> None:
+    """Raises ParityError where a runtime's first answers are no answers."""
+    logits = runtime.logits(runtime.example(2))
+    if logits.shape != (2, len(runtime.bundle.classes)) or not np.isfinite(logits).all():
+        raise ParityError(
+            f"generation {runtime.generation} answers {logits.shape} with NaN or inf."
+        )
