@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard kernels/*.py host/*.py device/*.py)
 TINY := build/tiny
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-device test-arm64 reference-arm64 bench-main bench-solvers bench-compression bench-artefacts bench-bcd bench-refit wheel clean distclean
+.PHONY: help venv demo test test-device test-arm64 reference-arm64 bench-main bench-solvers bench-compression bench-artefacts bench-bcd bench-refit bench-adaptation bench-service bench-faults fuzz wheel clean distclean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -14,7 +14,7 @@ venv: .venv/.stamp  ## everything in .venv: host, both runtimes, test tools, at 
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt -e '.[host,onnx,litert,images,demo,test]'
+	$(PIP) install -q -c constraints.txt -e '.[host,onnx,litert,images,metrics,mqtt,sign,demo,test]'
 	@# For tests, without what they ask for and don't need: another build of torch; pandas, xarray.
 	$(PIP) install -q -c constraints.txt --no-deps torchvision celer download
 	@touch $@
@@ -54,6 +54,20 @@ bench-bcd: venv  ## block coordinate descent beside Adam and the published steps
 
 bench-refit: venv  ## what refitting and fine-tuning buy after closed-form compression (half an hour)
 	$(BIN)/python benchmarks/bench_refit.py
+
+bench-adaptation: venv  ## recalibration beside NEO, T3A, Tent: fifteen corruptions and more (an hour)
+	$(BIN)/python benchmarks/bench_adaptation.py
+
+bench-service: venv  ## p99 while adapting, and a simulated week of the service (half an hour)
+	$(BIN)/python benchmarks/bench_service.py
+
+bench-faults: venv  ## every write of the state folder failed, killed, cut short (two minutes)
+	$(BIN)/python benchmarks/bench_faults.py
+
+fuzz: venv $(TINY)/.stamp  ## hostile bundles, images, HTTP requests and MQTT commands (ten minutes)
+	$(BIN)/python benchmarks/fuzz_http.py --cases 30000
+	$(BIN)/python benchmarks/fuzz_mqtt.py --cases 30000
+	$(BIN)/python benchmarks/fuzz_bundle.py --bundle $(TINY)/bundle
 
 .venv-peers/.stamp: pyproject.toml benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-peers

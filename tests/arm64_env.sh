@@ -19,6 +19,10 @@ if [ "$2" = --renew ]; then exec .venv/bin/python benchmarks/instructions.py --r
 # alone and minutes long here. The counts below run the solvers once more.
 chip=$(printf 'tests/kernels/test_%s.py ' accel warm gates gated designs moments prox ridge drift online \
   fista gap losses penalties variational)
+# Of the device what computes, and one life of the service; the rest is Python that knows no chip.
+device=$(printf 'tests/device/test_%s.py ' adapt_units audit bench board cli doctor forget int8_bundle kill patch \
+  recalibrate runtime)
+life=tests/device/test_service.py::test_a_proposal_waits_for_the_operator
 # shellcheck disable=SC2086
-deploy/arm64/python -P -m pytest -p no:cacheprovider --durations=5 $chip tests/device
+deploy/arm64/python -P -m pytest -p no:cacheprovider --durations=5 $chip $device $life
 .venv/bin/python benchmarks/instructions.py

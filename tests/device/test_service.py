@@ -23,7 +23,7 @@ from edgesolve.device.store import Store
 
 FREE = Limits(min_available_mib=0.0, min_disk_mib=0.0)
 EAGER = Policy(mode="auto", look_every_s=0.2, min_interval_s=0.0, cooldown_s=60.0, confirmations=2)
-PATIENCE_S = 60.0
+PATIENCE_S = 600.0 if os.environ.get("EDGESOLVE_EMULATED") == "1" else 60.0
 
 
 class Fed:
