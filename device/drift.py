@@ -23,6 +23,14 @@ class Drift:
     def alarm(self) -> bool:
         return self.score > 1.0
 
+    def beyond(self, classes: float, of: int) -> bool:
+        """Whether a window that seems to hold `classes` of `of` classes is further off than their mixture alone: the
+        bound falls from `content` for one class to the alarm for all, as the variance of a mean over k classes drawn
+        from K does, (K - k) / (k (K - 1))."""
+        k = min(max(classes, 1.0), float(of))
+        share = (of - k) / (k * (of - 1)) if of > 1 else 0.0
+        return self.score > 1.0 + (max(self.content, 1.0) - 1.0) * share
+
     @property
     def beyond_content(self) -> bool:
         """No mixture of classes alone explains this window."""

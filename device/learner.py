@@ -132,13 +132,11 @@ class Learner:
     def _looked(self, report: dict[str, Any], generation: int) -> None:
         """A drift test has ended: enough of the same in a row, and something may be solved."""
         self.drift = report.get("drift")
-        alarm = bool(self.drift and self.drift["alarm"])
-        was = self.alarms
-        self.alarms = self.alarms + 1 if alarm else 0
-        self.calm = 0 if alarm else self.calm + 1
-        if alarm and was == 0:
+        alarm, returned = report["reason"] == "drifted", report["reason"] == "returned"
+        if alarm and self.alarms == 0:
             self._event("drift", report)
-        returned = generation != 0 and not alarm
+        self.alarms = self.alarms + 1 if alarm else 0
+        self.calm = self.calm + 1 if returned else 0
         streak = self.calm if returned else self.alarms
         if not (alarm or returned):
             self.window.clear()

@@ -163,7 +163,7 @@ def test_64_megapixels_are_not_refused_by_size(monkeypatch):
     with pytest.raises(InputError, match="not readable") as caught:
         decode.decode(png_header(8, 8), PICTURES)  # no data: the decoder is asked
     assert "megapixels" not in str(caught.value)
-    decode._check_pixels((8000, 8000), "x")
+    decode.check_pixels((8000, 8000), "x")
 
 
 def test_a_huge_webp_canvas_is_refused_before_its_reader_runs(monkeypatch):
