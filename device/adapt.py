@@ -179,7 +179,7 @@ def _look(bundle, current, teacher, frames, labels, clock, say) -> _Look:
         "from_factory": found.score,
         "content": found.content,
         "alarm": score > 1.0,
-        "kind": kind.kind,
+        "kind": "adapted" if found.alarm and score <= 1.0 else kind.kind,
         "windows_per_false_alarm": found.windows_per_false_alarm,
     }
     labelled = labels is not None and bool((labels >= 0).any())

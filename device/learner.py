@@ -143,6 +143,8 @@ class Learner:
             return
         reason = may_solve(self.options.policy, replace(self._facts(), alarms=streak))
         reason = reason or resources.refusal(self.options.limits, self.readings)
+        if reason is None and self.store.candidate(self.bundle.sha256) is not None:
+            reason = "awaiting_approval"
         if reason is not None:
             if reason != "unconfirmed":
                 self._skip(reason)
@@ -206,6 +208,13 @@ class Learner:
         self.reload = True
         self.rolled_back(found)
         return found
+
+    def approved(self, found: dict[str, Any]) -> None:
+        """A person put the candidate in force."""
+        self.ledger = ledger.noted(self.ledger, time.time(), update=True)
+        self.book()
+        self.reload = True
+        self._decided({**found, "reason": "approved"})
 
     def rolled_back(self, found: dict[str, Any]) -> None:
         """A head was taken back, here or while it was loaded."""

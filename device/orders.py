@@ -56,7 +56,8 @@ class Orders:
 
     def _decide(self, act, **more) -> dict[str, Any]:
         found = act(self.bundle, self.learner.store, **more)
-        self.learner.reload = self.learner.reload or act is operator.approve
+        if act is operator.approve:
+            self.learner.approved(found)
         return found
 
     def _roll_back(self) -> dict[str, Any]:

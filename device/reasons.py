@@ -15,7 +15,7 @@ SENTENCES = {
     "source_lost": "The source delivers no more frames; look at the camera, its cable or the folder.",
     # kept: drift
     "no_drift": "The window looks like the calibration data; there is nothing to correct.",
-    "drifted": "The window has drifted; nothing was changed because only a look was asked for.",
+    "drifted": "The window differs from what the head in force was solved for.",
     "unconfirmed": "One window has drifted; the next ones must confirm it before anything is learnt.",
     "unknown_content": "The frames show what the network was not trained on: this needs labels, not recalibration.",
     # kept: policy

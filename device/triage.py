@@ -14,6 +14,7 @@ from edgesolve.device.gate import effective_classes
 
 SENTENCES = {
     "none": "The window looks like the calibration data.",
+    "adapted": "The sensor differs from the factory's, and the head in force was solved for that.",
     "prior": "The sensor is unchanged; fewer or other classes are in view than in the calibration data.",
     "mean_scale": "The sensor or its light has changed; re-normalising brings the answers back.",
     "unknown_content": "The window shows what the network does not know; labels are needed.",

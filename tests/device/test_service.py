@@ -145,12 +145,15 @@ def test_a_proposal_waits_for_the_operator(serving, frames):
     running.wait_for("proposed")
     status = running.until(lambda s: s["candidate"])
     assert status["generation"] == 0
+    running.until(lambda s: s["skipped"].get("awaiting_approval"))  # one proposal at a time
     assert {"flipped", "gate", "n", "relative_gap"} <= set(status["candidate"])
     assert sum(c["after"] for c in status["candidate"]["classes"]) == pytest.approx(1.0)
     found = running.service.command("approve", "test")
     assert found["ok"] and found["generation"] == 1
     running.until(lambda s: s["generation"] == 1 and s["candidate"] is None)
     running.wait_for("committed")
+    status = running.service.status()
+    assert status["updates_today"] == 1 and status["last"]["reason"] == "approved"
     assert not running.service.command("reject", "test")["ok"]
     assert running.service.command("rollback", "test")["generation"] == 0
     running.until(lambda s: s["generation"] == 0)
