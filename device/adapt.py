@@ -12,19 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from edgesolve.device import budget, drift, gate
+from edgesolve.device import budget, gate
 from edgesolve.device.bundle import Bundle
 from edgesolve.device.errors import UsageError
-from edgesolve.device.patch import Statistics
-from edgesolve.device.runtime import Head, Runtime, factory_head, source_statistics
+from edgesolve.device.look import (
+    Look,
+    Moved,
+    few_classes,
+    fewer_classes,
+    look_at,
+    move,
+    spread,
+    usable,
+)
+from edgesolve.device.runtime import Head, Runtime, factory_head
 from edgesolve.device.solve import solve, source_moments
-from edgesolve.device.teacher import Pass, Teacher, mixed
+from edgesolve.device.teacher import Pass, Teacher
 from edgesolve.device.triage import triage
 from edgesolve.kernels.moments import Moments
 
 MIN_FRAMES = 16
 LABEL_WEIGHT = 4.0
-FEWER_CLASSES = 0.92
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,7 @@ def recalibrate(
     """
     mode = _mode(bundle, options, current.backend)
     report: dict[str, Any] = {"mode": mode, "n_given": len(frames)}
-    frames, labels, report["bad_frames"] = _usable(frames, labels)
+    frames, labels, report["bad_frames"] = usable(frames, labels)
     if len(frames) < MIN_FRAMES:
         report["n"] = len(frames)
         return _kept("too_few_samples", report)
@@ -101,10 +109,10 @@ def recalibrate(
     if refusal:
         report["n"] = n
         return _kept(refusal, report)
-    frames, labels = _spread(frames, labels, n)
+    frames, labels = spread(frames, labels, n)
     report["n"] = n
 
-    look = _look(bundle, current, teacher, frames, labels, clock, say)
+    look = look_at(bundle, current, teacher, frames, labels, clock, say)
     report["drift"] = look.figures
     reason = _settled(look, current, options)
     if reason == "returned" and not options.look_only:
@@ -113,80 +121,20 @@ def recalibrate(
         return Outcome("accepted", reason, head, None, report, condition=look.condition)
     if reason is not None:
         return _kept(reason, report, look.seconds)
-    moved = _moved(look, teacher, options, clock, say)
+    moved = move(look, teacher, options.share, options.share_n0, clock, say)
     kind = triage(look.found, look.plain.logits, look.reference["anchor_logits"], moved.at.logits)
     report["drift"]["kind"] = kind.kind
     report["share"] = moved.share
     if not look.labelled and kind.kind == "unknown_content":
         return _kept("unknown_content", report, moved.seconds)
-    if not look.labelled and _fewer_classes(look.plain.logits, moved.at.logits):
+    if not look.labelled and fewer_classes(look.plain.logits, moved.at.logits):
         return _kept("marginal_shift", report, moved.seconds)
-    if not look.labelled and _few_classes(moved.at.logits):
+    if not look.labelled and few_classes(moved.at.logits):
         return _kept("too_few_classes", report, moved.seconds)
     return _solved(bundle, current, look, moved, mode, options, report, clock, say, earlier)
 
 
-@dataclass(frozen=True)
-class _Look:
-    """A window under factory statistics. `figures`: what the report says about drift."""
-
-    frames: np.ndarray
-    labels: np.ndarray | None
-    labelled: bool
-    source: Statistics
-    reference: dict[str, np.ndarray]
-    plain: Pass
-    found: drift.Drift
-    figures: dict[str, Any]
-    seconds: float
-
-    @property
-    def condition(self) -> dict[str, np.ndarray]:
-        """The window's own statistics, by which the same condition is known again."""
-        n = np.float64(len(self.frames))
-        return {
-            "seen.mean": self.plain.mean,
-            "seen.var": self.plain.var,
-            "seen.n": np.atleast_1d(n),
-        }
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """The teacher `at` statistics that were moved a `share` of the way to the window's."""
-
-    at: Pass
-    mean: np.ndarray
-    var: np.ndarray
-    share: float
-    seconds: float
-
-
-def _look(bundle, current, teacher, frames, labels, clock, say) -> _Look:
-    source, reference = source_statistics(bundle), bundle.reference(current.backend)
-    say(f"looking at {len(frames)} frames")
-    began = clock()
-    plain = teacher.run(frames, 0.0, source.mean, source.var)
-    seconds = clock() - began
-    thresholds, n = bundle.manifest["drift"], len(frames)
-    found = drift.test(plain.mean, plain.var, n, reference, thresholds)
-    score = found.score
-    if current.condition is not None:
-        score = drift.from_condition(plain.mean, plain.var, n, current.condition, thresholds)
-    kind = triage(found, plain.logits, reference["anchor_logits"])
-    figures = {
-        "score": score,
-        "from_factory": found.score,
-        "content": found.content,
-        "alarm": score > 1.0,
-        "kind": "adapted" if found.alarm and score <= 1.0 else kind.kind,
-        "windows_per_false_alarm": found.windows_per_false_alarm,
-    }
-    labelled = labels is not None and bool((labels >= 0).any())
-    return _Look(frames, labels, labelled, source, reference, plain, found, figures, seconds)
-
-
-def _settled(look: _Look, current: Runtime, options: Options) -> str | None:
+def _settled(look: Look, current: Runtime, options: Options) -> str | None:
     """The reason to end here, or None."""
     if look.labelled:
         return None
@@ -195,29 +143,15 @@ def _settled(look: _Look, current: Runtime, options: Options) -> str | None:
     if not (look.figures["alarm"] or (options.again and not options.look_only)):
         return "no_drift"
     plain = look.plain.logits
-    if not look.found.beyond_content and _few_classes(plain):
+    if not look.found.beyond_content and few_classes(plain):
         return "too_few_classes"
     if not look.found.beyond(gate.effective_classes(plain), plain.shape[1]):
         return "too_few_classes"
     return "drifted" if options.look_only else None
 
 
-def _moved(look: _Look, teacher: Teacher, options: Options, clock, say) -> _Moved:
-    mean, var = look.source.mean, look.source.var
-    if not look.found.alarm:
-        return _Moved(look.plain, mean, var, 0.0, look.seconds)
-    say("re-normalising")
-    began, n = clock(), len(look.frames)
-    # As James and Stein shrink a mean: of a score of 1 all may be chance, of a high one hardly any.
-    share = options.share * n / (n + options.share_n0) * (1.0 - 1.0 / look.found.score)
-    window = teacher.run(look.frames, share, mean, var)
-    mean, var = mixed(mean, var, window, share)
-    at = teacher.run(look.frames, 0.0, mean, var)
-    return _Moved(at, mean, var, share, look.seconds + clock() - began)
-
-
 def _solved(
-    bundle, current, look: _Look, moved: _Moved, mode, options, report, clock, say, earlier
+    bundle, current, look: Look, moved: Moved, mode, options, report, clock, say, earlier
 ) -> Outcome:
     """Re-solve on three quarters of the window and judge by the rest."""
     began, forward = clock(), moved.seconds
@@ -310,41 +244,6 @@ def _mode(bundle: Bundle, options: Options, backend: str | None = None) -> str:
             "--mode backbone: this bundle was built with --fixed-backbone; only its head can change."
         )
     return options.mode
-
-
-def _usable(frames, labels):
-    """Without constant frames: a covered lens or a dead sensor says nothing about the scene."""
-    flat = frames.reshape(len(frames), -1)
-    good = (flat != flat[:, :1]).any(axis=1)
-    if good.all():
-        return frames, labels, 0
-    return frames[good], None if labels is None else labels[good], int((~good).sum())
-
-
-def _spread(frames, labels, n):
-    """`n` frames evenly spread over the window; labelled ones always among them."""
-    if n >= len(frames):
-        return frames, labels
-    pick = np.linspace(0, len(frames) - 1, n).astype(int)
-    if labels is not None:
-        marked = np.flatnonzero(labels >= 0)[:n]
-        rest = np.setdiff1d(pick, marked)[: n - len(marked)]
-        pick = np.sort(np.concatenate([marked, rest]))
-    return frames[pick], None if labels is None else labels[pick]
-
-
-def _few_classes(logits: np.ndarray) -> bool:
-    classes = logits.shape[1]
-    return classes >= 4 and gate.effective_classes(logits) < min(3.0, 0.35 * classes)
-
-
-def _fewer_classes(plain: np.ndarray, moved: np.ndarray) -> bool:
-    """Whether re-normalising took answers away from some classes: it is then the content that it removed.
-
-    Measured at 64 frames: every window of noisy keywords that lost accuracy lies at .86 or less, every corrupted
-    CIFAR-10 window at .98 or more.
-    """
-    return gate.effective_classes(moved) < FEWER_CLASSES * gate.effective_classes(plain)
 
 
 def _targets(moved: Pass, labels, reference) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edgesolve.device import adapt, budget, drift, gate
+from edgesolve.device import adapt, budget, drift, gate, look
 from edgesolve.device.bundle import open_bundle
 from edgesolve.device.reasons import SENTENCES
 from edgesolve.device.runtime import choose_backend, source_statistics
@@ -299,16 +299,16 @@ def test_the_memory_law_counts_what_is_held():
 
 def test_frames_are_spread_and_labelled_ones_kept():
     x = np.arange(100)
-    found, labels = adapt._spread(x, None, 10)
+    found, labels = look.spread(x, None, 10)
     assert labels is None and len(found) == 10 and found[0] == 0 and found[-1] == 99
     assert np.ptp(np.diff(found)) <= 1
     labels = np.full(100, -1)
     labels[[3, 50, 98]] = [1, 0, 2]
-    found, kept = adapt._spread(x, labels, 10)
+    found, kept = look.spread(x, labels, 10)
     assert len(found) == 10 and {3, 50, 98} <= set(found) and (np.diff(found) > 0).all()
     np.testing.assert_array_equal(kept, labels[found])
-    assert adapt._spread(x, labels, 100)[0] is x
-    found, kept = adapt._spread(x, np.zeros(100, int), 10)
+    assert look.spread(x, labels, 100)[0] is x
+    found, kept = look.spread(x, np.zeros(100, int), 10)
     assert len(found) == 10 and (kept == 0).all()
 
 
@@ -316,10 +316,10 @@ def test_constant_frames_are_not_usable():
     x = np.zeros((4, 2, 2, 1), np.uint8)
     x[1, 0, 0], x[3, 1, 1] = 1, 9
     labels = np.array([0, 1, 2, 3])
-    found, kept, bad = adapt._usable(x, labels)
+    found, kept, bad = look.usable(x, labels)
     assert bad == 2 and kept.tolist() == [1, 3]
     np.testing.assert_array_equal(found, x[[1, 3]])
-    again, none, bad = adapt._usable(found, None)
+    again, none, bad = look.usable(found, None)
     assert again is found and none is None and bad == 0
 
 
@@ -338,6 +338,6 @@ def test_few_classes():
         labels = np.repeat(np.arange(len(shares)), shares)
         return 50 * np.eye(10)[labels]
 
-    assert adapt._few_classes(window(64)) and adapt._few_classes(window(32, 32))
-    assert not adapt._few_classes(window(16, 16, 16, 16))
-    assert not adapt._few_classes(50 * np.eye(2)[[0, 0]]), "two classes: one at a time is normal"
+    assert look.few_classes(window(64)) and look.few_classes(window(32, 32))
+    assert not look.few_classes(window(16, 16, 16, 16))
+    assert not look.few_classes(50 * np.eye(2)[[0, 0]]), "two classes: one at a time is normal"
