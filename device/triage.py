@@ -22,6 +22,8 @@ SENTENCES = {
 FEW_CLASSES = 0.75
 KNOWN = 0.65
 KNOWN_UNDER_A_SENSOR_SHIFT = 0.5
+REGAINED = 1.2
+NONSENSE = 0.35
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,17 @@ def triage(
     the teacher's logits on frames of the source.
 
     Below the alarm: "none". Where a mixture of known classes could reach this score, the logits decide: high ones of
-    few classes are "prior", high ones of many "mean_scale", low ones "unknown_content". Beyond that something has
-    happened to the sensor, which lowers logits by itself: "unknown_content" if they stay low re-normalised, else
-    "mean_scale". Content that is half known, or that the network is certain of all the same, isn't recognised.
+    few classes are "prior", high ones of many "mean_scale", low ones "unknown_content"; beyond that a sensor's shift
+    lowers them by itself, and half as high will do. Low ones are a sensor's after all if re-normalising gives answers
+    back to classes that had lost them (ratio 1.3 and more, unknown content at most 1.14). Logits that stay below
+    NONSENSE of the source's are nonsense. Content that is half known isn't recognised.
     """
     classes = effective_classes(plain) / effective_classes(anchors)
     usual = height(anchors)
     before = height(plain) / usual
     after = None if moved is None else height(moved) / usual
-    kind = _kind(found, classes, before, after)
-    return Triage(kind, classes, before, after)
+    regained = 1.0 if moved is None else effective_classes(moved) / effective_classes(plain)
+    return Triage(_kind(found, classes, before, after, regained), classes, before, after)
 
 
 def height(logits: np.ndarray) -> float:
@@ -66,12 +69,13 @@ def height(logits: np.ndarray) -> float:
     return float((logits.max(1) - logits.mean(1)).mean())
 
 
-def _kind(found: Drift, classes: float, before: float, after: float | None) -> str:
+def _kind(found: Drift, classes: float, before: float, after: float | None, regained: float) -> str:
     if not found.alarm:
         return "none"
-    if found.beyond_content:
-        best = before if after is None else max(before, after)
-        return "unknown_content" if best < KNOWN_UNDER_A_SENSOR_SHIFT else "mean_scale"
-    if before < KNOWN:
+    beyond = found.beyond_content
+    if beyond and after is not None and after < NONSENSE:
         return "unknown_content"
-    return "prior" if classes < FEW_CLASSES else "mean_scale"
+    best = max(before, after or 0.0) if beyond else before
+    if best < (KNOWN_UNDER_A_SENSOR_SHIFT if beyond else KNOWN) and regained < REGAINED:
+        return "unknown_content"
+    return "prior" if not beyond and classes < FEW_CLASSES else "mean_scale"
