@@ -133,7 +133,10 @@ def camera(stage):
     for source in sources:
         source._thread.join(2.0)
         assert not source._thread.is_alive()
-    assert threading.active_count() == before
+    ended = time.monotonic() + 1.0  # a test's own writer may still be leaving
+    while threading.active_count() > before and time.monotonic() < ended:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
     assert stage.released == stage.opened
 
 

@@ -37,7 +37,10 @@ def pipe():
             assert time.monotonic() - started < 1.0
             assert not source._thread.is_alive()
             os.close(reading)
-    assert threading.active_count() == before
+    ended = time.monotonic() + 1.0  # a test's own writer may still be leaving
+    while threading.active_count() > before and time.monotonic() < ended:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
 
 
 def saved(array):
