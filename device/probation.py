@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 FEWEST_ERRORS = 3
 FEWEST_ANSWERS = 30
+LEAST_MS = 2.0
+"""A head changes what is computed, not how much: a smaller rise is the board's other work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def _fails(before: Health, health: Health) -> bool:
 
 def _slower(before: Health, health: Health) -> bool:
     known = before.p50_ms is not None and health.p50_ms is not None
-    return known and health.p50_ms > 1.5 * before.p50_ms
+    return known and health.p50_ms > max(2.0 * before.p50_ms, before.p50_ms + LEAST_MS)
 
 
 def _less_certain(before: Health, health: Health) -> bool:

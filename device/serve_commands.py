@@ -62,6 +62,9 @@ def serve(args) -> int:
     for name in ("min_interval", "cooldown", "probation", "write_budget_mib"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, must be >= 0.")
+    least = Policy().min_samples
+    if args.frames < least:
+        raise UsageError(f"--frames is {args.frames}; a drift test takes at least {least}.")
     bundle = open_bundle(args.bundle)
     signature = check(
         bundle, trusted_keys(args.key), args.require_signature or args.key is not None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 
 from edgesolve.device.bundle import Bundle
-from edgesolve.device.errors import EdgeError, ParityError
+from edgesolve.device.errors import BusyError, EdgeError, ParityError
 from edgesolve.device.runtime import Runtime, open_generation
 from edgesolve.device.store import Store
+
+BUSY_S = 10.0
 
 
 class Swap:
@@ -32,11 +35,22 @@ class Swap:
 
     def _open(self) -> None:
         try:
-            self.runtime, self.uncommitted = opened(*self._arguments)
+            self.runtime, self.uncommitted = self._patiently()
         except EdgeError as error:
             self.error = str(error)
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
+
+    def _patiently(self) -> tuple[Runtime, bool]:
+        """Somebody else's command may hold the state for a moment."""
+        end = time.monotonic() + BUSY_S
+        while True:
+            try:
+                return opened(*self._arguments)
+            except BusyError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
 
 
 def opened(bundle: Bundle, backend: str, store: Store, threads: int) -> tuple[Runtime, bool]:

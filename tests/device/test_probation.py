@@ -29,7 +29,7 @@ def test_both_the_time_and_the_inferences_are_waited_for():
 
 BAD = {
     "probation_errors": {"errors": 3},
-    "probation_latency": {"p50_ms": 22.6},
+    "probation_latency": {"p50_ms": 30.1},
     "probation_confidence": {"confidence": 0.39, "n": 30},
     "probation_drift": {"drift": 6.1},
 }
@@ -42,7 +42,7 @@ def test_each_reason_alone_sends_it_back_at_once(reason):
 
 
 def test_what_lies_at_the_edge_is_kept():
-    edge = replace(GOOD, errors=2, p50_ms=22.5, confidence=0.651, drift=6.0)
+    edge = replace(GOOD, errors=2, p50_ms=30.0, confidence=0.651, drift=6.0)
     assert judge(TRIAL, edge, END) == "commit"
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgesolve.device import operator, service
+from edgesolve.device import cli, operator, service
 from edgesolve.device.adapt import Options
 from edgesolve.device.board import python_command
 from edgesolve.device.bundle import open_bundle
@@ -262,6 +262,31 @@ def test_one_service_a_state_folder(bundle_dir, tmp_path):
         command += ["--source", "stdin", "--state", str(tmp_path)]
         done = subprocess.run(command, input=b"", capture_output=True, timeout=PATIENCE_S)
     assert done.returncode == 9 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (["--frames", "8"], 2, "at least 64"),
+        (["--confirmations", "0"], 2, "must be positive"),
+        (["--cooldown", "-1"], 2, "must be >= 0"),
+        (["--token-file", "/nope/token"], 7, "cannot be read as a token"),
+        (["--http", "nonsense"], 2, "not an address"),
+        (["--mqtt", "http://x"], 2, "mqtt://host"),
+        (["--source", "/nope/frames"], 7, "no such folder"),
+        (["--key", "/nope/key"], 2, "no readable public key"),
+        (["--require-signature"], 4, "a signature is required"),
+        (["--mode", "sometimes"], 2, "invalid choice"),
+    ],
+)
+def test_one_sentence_for_a_wrong_command_line(bundle_dir, tmp_path, capsys, more, code, said):
+    command = ["serve", str(bundle_dir), "--source", str(tmp_path), "--state", str(tmp_path / "s")]
+    try:
+        found = cli.main([*command, *more])
+    except SystemExit as error:  # argparse's own
+        found = error.code
+    assert found == code
+    assert said in capsys.readouterr().err
 
 
 def test_nothing_to_approve(bundle_dir, tmp_path):
