@@ -44,7 +44,7 @@ def decode(data: bytes, contract: Contract, name: str = "input") -> np.ndarray:
     except BackendError as error:
         raise InputError(f"{name}: {error}") from error
     except Exception as error:  # a decoder's: whatever a damaged or hostile file makes it raise
-        raise InputError(f"{name}: not readable ({_one_line(error)}).") from error
+        raise InputError(f"{name}: not readable ({one_line(error)}).") from error
     if isinstance(frame, InputError):
         raise frame
     if stream.read(1):
@@ -205,7 +205,7 @@ def read_header(stream: BinaryIO, name: str) -> Header:
     try:
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(text)
     except Exception as error:
-        raise InputError(f"{name}: a damaged array header ({_one_line(error)}).") from error
+        raise InputError(f"{name}: a damaged array header ({one_line(error)}).") from error
     if dtype.hasobject or dtype.fields or not dtype.itemsize or any(n < 0 for n in shape):
         raise InputError(f"{name}: an array of {dtype}, shape {shape}; expected plain numbers.")
     return Header(shape, dtype, fortran)
@@ -262,5 +262,7 @@ def _fill(stream: BinaryIO, target: Any, name: str, may_end: bool = False) -> No
         got += n
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def one_line(error: Exception) -> str:
+    """What a library says, as one printable line; readers quote the bytes that they choked on."""
+    text = " ".join(str(error).split())[:200]
+    return "".join(c if c.isprintable() else "?" for c in text) or type(error).__name__

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgesolve.device.decode import FORMATS, SUFFIXES, check_pixels, image_array, pillow
+from edgesolve.device.decode import FORMATS, SUFFIXES, check_pixels, image_array, one_line, pillow
 from edgesolve.device.errors import EdgeError, InputError
 
 _DAMAGED = (
@@ -56,7 +56,7 @@ def load_frames(
         try:
             return Frames(_image(path, size, channels)[None], None, [path.name])
         except _DAMAGED as error:
-            raise InputError(f"{path}: not a readable image ({_one_line(error)}).") from error
+            raise InputError(f"{path}: not a readable image ({one_line(error)}).") from error
     raise InputError(
         f"{path}: expected an image ({', '.join(SUFFIXES)}), a folder, an .npy or an .npz file."
     )
@@ -77,7 +77,7 @@ def _arrays(path: Path) -> Frames:
     except EdgeError:
         raise
     except Exception as error:  # zipfile, zlib, lzma, tokenize: each reader has its own
-        raise InputError(f"{path}: not a readable NumPy file ({_one_line(error)}).") from error
+        raise InputError(f"{path}: not a readable NumPy file ({one_line(error)}).") from error
     if not all(isinstance(a, np.ndarray) for a in (x, y) if a is not None):
         raise InputError(f"{path}: x or y is no NumPy array. Write it with numpy.savez.")
     if x.ndim < 2 or len(x) == 0:
@@ -103,7 +103,7 @@ def _folder(path: Path, size: tuple[int, int] | None, channels: int) -> Frames:
         try:
             image = _image(file, size, channels)
         except _DAMAGED as error:
-            skipped.append(f"{name}: not a readable image ({_one_line(error)}); skipped.")
+            skipped.append(f"{name}: not a readable image ({one_line(error)}); skipped.")
             continue
         if frames and image.shape != frames[0].shape:
             skipped.append(
@@ -127,8 +127,4 @@ def _image(path: Path, size: tuple[int, int] | None, channels: int) -> np.ndarra
             check_pixels(image.size, path.name)
             return image_array(image, size, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{path.name}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path.name}: {one_line(error)}") from error

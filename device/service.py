@@ -235,8 +235,11 @@ class Service:
         """What loading fell back from."""
         for note in runtime.notes:
             if note.startswith("crash_loop"):
-                found = {"reason": "crash_loop", "generation": runtime.generation, "sentence": note}
-                self.learner.rolled_back({"decision": "rollback", **found})
+                found = {"decision": "rollback", "reason": "crash_loop"}
+                found |= {"generation": runtime.generation, "sentence": note}
+                with contextlib.suppress(EdgeError):
+                    self.store.journal({"time": time.time(), **found})
+                self.learner.rolled_back(found)
             else:
                 self._event({"event": "note", "sentence": note})
 

@@ -239,6 +239,20 @@ def test_bad_frames_and_uploads(serving, frames):
     assert not running.service.ready()[0]
 
 
+def test_a_head_that_crashes_the_process_is_given_up(serving, own_state, frames, tmp_path):
+    state = own_state("onnx")
+    store = Store(state)
+    found = store.current()
+    store.commit(found.arrays, found.statistics, found.provenance, committed=False, tries=1)
+    assert store.start(found.provenance["bundle_sha256"]).number == 2  # it dies after this
+    running = serving(replace(EAGER, mode="observe"), state=state)
+    back = running.wait_for("rollback")
+    assert (back["reason"], back["generation"]) == ("crash_loop", 1)
+    assert store.history()[-1]["reason"] == "crash_loop"
+    status = running.until(lambda s: s["rollbacks_total"] == 1)
+    assert status["generation"] == 1 and status["committed"]
+
+
 def test_what_somebody_else_puts_in_force_is_taken_over(serving, frames, bundle_dir, tmp_path):
     running = serving()
     running.fed.frames = list(frames.window)
