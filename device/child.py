@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import mmap
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import numpy as np
 
 from edgesolve.device.adapt import Options
 from edgesolve.device.board import python_command
+from edgesolve.device.window import Window
 
 GRACE_S = 30.0
 """Beyond its own time budget a child is given this long before it is killed."""
@@ -27,7 +30,7 @@ class Child:
     def __init__(
         self,
         bundle: Path,
-        frames: np.ndarray,
+        window: Window,
         *,
         state: Path,
         backend: str,
@@ -36,12 +39,12 @@ class Child:
         options: Options,
         seconds: float,
     ):
-        """frames (n, h, w, c) are handed over in memory. Killed after `seconds`, pauses not counted."""
+        """The frames of `window` are handed over in memory. Killed after `seconds`, pauses not counted."""
         self.action, self.look_only = action, options.look_only
         self.step, self.paused = "starting", False
         self._began, self._limit, self._stopped = time.monotonic(), seconds + GRACE_S, 0.0
         self._paused_at = 0.0
-        descriptor = _in_memory(frames)
+        descriptor = _in_memory(window)
         request = {
             "bundle": str(bundle),
             "state": str(state),
@@ -50,8 +53,8 @@ class Child:
             "action": action,
             "options": asdict(options),
             "descriptor": descriptor,
-            "shape": list(frames.shape),
-            "dtype": str(frames.dtype),
+            "shape": [window.n, *window.shape],
+            "dtype": str(window.dtype),
         }
         try:
             self._process = subprocess.Popen(
@@ -133,11 +136,15 @@ class Child:
             stream.close()
 
 
-def _in_memory(frames: np.ndarray) -> int:
-    """A descriptor of an anonymous file in memory that holds `frames`."""
+def _in_memory(window: Window) -> int:
+    """A descriptor of an anonymous file in memory that holds the frames of `window`: their only copy."""
+    shape = (window.n, *window.shape)
     descriptor = os.memfd_create("edgesolve-window", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(descriptor), "wb") as file:
-        file.write(np.ascontiguousarray(frames).data)
+    os.ftruncate(descriptor, window.dtype.itemsize * math.prod(shape))
+    with mmap.mmap(descriptor, 0) as view:
+        out = np.frombuffer(view, window.dtype).reshape(shape)
+        window.frames(out)
+        del out  # a mapping that is looked at can't be closed
     return descriptor
 
 

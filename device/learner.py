@@ -155,10 +155,9 @@ class Learner:
 
     def _start(self, action: str, solve: Options) -> None:
         o = self.options
-        frames = self.window.frames()
         self.child = Child(
             self.bundle.path,
-            frames,
+            self.window,
             state=self.store.path,
             backend=o.backend,
             threads=o.threads,
@@ -167,7 +166,7 @@ class Learner:
             seconds=solve.seconds or LOOK_SECONDS,
         )
         if not solve.look_only:
-            self._say({"event": "adapting", "n": len(frames)})
+            self._say({"event": "adapting", "n": len(self.window)})
 
     def _finished(self, child: Child, result: dict[str, Any], generation: int) -> None:
         report = result.get("report")
@@ -214,6 +213,7 @@ class Learner:
         self.ledger = ledger.noted(self.ledger, time.time(), update=True)
         self.book()
         self.reload = True
+        self.alarms = self.calm = 0  # of looks at the head before
         self._decided({**found, "reason": "approved"})
 
     def rolled_back(self, found: dict[str, Any]) -> None:

@@ -30,6 +30,15 @@ class Window:
         self.n = self.n_seen = self.n_bad = 0
         self.stride = 1
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one frame."""
+        return self._frames.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._frames.dtype
+
     def __len__(self) -> int:
         return self.n
 
