@@ -40,7 +40,7 @@ class Child:
         seconds: float,
     ):
         """The frames of `window` are handed over in memory. Killed after `seconds`, pauses not counted."""
-        self.action, self.look_only = action, options.look_only
+        self.look_only = options.look_only
         self.step, self.paused = "starting", False
         self._began, self._limit, self._stopped = time.monotonic(), seconds + GRACE_S, 0.0
         self._paused_at = 0.0

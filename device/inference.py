@@ -35,8 +35,7 @@ class Inference:
         answered = self._tried - self._failed
         mean = self._sum / answered if answered else None
         spread = 0.0 if mean is None else math.sqrt(max(self._squares / answered - mean**2, 0.0))
-        p50 = self.latency.snapshot()["p50"]
-        return Health(self._tried, self._failed, p50, mean, spread, drift)
+        return Health(self._tried, self._failed, self.latency.median(), mean, spread, drift)
 
     def answer(self, frame: np.ndarray) -> dict[str, Any]:
         """top1, class, score, generation of a frame (h, w, c) in the contract. Raises BackendError."""

@@ -36,6 +36,11 @@ class Latency:
         """Forget the times (a new head came into force). `misses` counts on: it is a counter."""
         self._recorded = 0
 
+    def median(self) -> float | None:
+        """Of the times in the ring, in ms; None before the first."""
+        times = self._last()
+        return float(np.median(times)) if len(times) else None
+
     def snapshot(self) -> dict[str, float | int | None]:
         """`n` times in the ring, their median `p50`, and 99 % upper bounds `p90`, `p99` on the percentiles, in ms.
 
@@ -45,7 +50,7 @@ class Latency:
         times = self._last()
         return {
             "n": len(times),
-            "p50": float(np.median(times)) if len(times) else None,
+            "p50": self.median(),
             "p90": percentile_bound(times, 90),
             "p99": percentile_bound(times, 99),
         }

@@ -89,9 +89,9 @@ class Learner:
                 child, self.child = self.child, None
                 self._finished(child, result, generation)
         elif self.probation is not None:
-            self._judge(health, now)
+            self._judge(health, generation, now)
         else:
-            self._consider(generation)
+            self._consider()
 
     def swapped(self, before: Health, uncommitted: bool) -> None:
         """Another head is in force; `uncommitted`: it is on probation, judged against `before`."""
@@ -118,7 +118,7 @@ class Learner:
             self._start("trial", replace(self.options.solve, look_only=False))
         return reason
 
-    def _consider(self, generation: int) -> None:
+    def _consider(self) -> None:
         facts = self._facts()
         if may_look(self.options.policy, facts) is not None:
             return
@@ -129,7 +129,7 @@ class Learner:
             return
         self._start("show", replace(self.options.solve, look_only=True, seconds=None))
 
-    def _looked(self, report: dict[str, Any], generation: int) -> None:
+    def _looked(self, report: dict[str, Any]) -> None:
         """A drift test has ended: enough of the same in a row, and something may be solved."""
         self.drift = report.get("drift")
         alarm, returned = report["reason"] == "drifted", report["reason"] == "returned"
@@ -170,15 +170,16 @@ class Learner:
 
     def _finished(self, child: Child, result: dict[str, Any], generation: int) -> None:
         report = result.get("report")
+        if not child.look_only:  # also one that crashed: it must not be tried again every minute
+            self._since_update = time.monotonic()
         if report is None:
             failed = {"decision": "kept", "generation": generation, "sentence": result["error"]}
             self._decided({**failed, "reason": result["reason"]})
             return
         if child.look_only:
-            self._looked(report, generation)
+            self._looked(report)
             return
         self.drift = report.get("drift") or self.drift
-        self._since_update = time.monotonic()
         accepted = report["decision"] == "accepted"
         written = report.get("written", 0)
         self.ledger = ledger.noted(self.ledger, time.time(), written=written, update=accepted)
@@ -188,18 +189,18 @@ class Learner:
         self.reload = self.reload or accepted
         self._decided(report)
 
-    def _judge(self, health: Health, now: float) -> None:
+    def _judge(self, health: Health, generation: int, now: float) -> None:
         verdict = judge(self.probation, health, now)
         if verdict is None:
             return
-        self.probation = None
-        if verdict == "commit":
-            number = self.store.pointer()["generation"]
-            self.store.confirm(number)
-            self._sequence = self._seen_sequence()
-            self._say({"event": "committed", "generation": number})
+        if verdict != "commit":
+            self.roll_back(verdict)
+            self.probation = None  # only now: where nothing could be written, it goes on
             return
-        self.roll_back(verdict)
+        self.store.confirm(generation)
+        self.probation = None
+        self._sequence = self._seen_sequence()
+        self._say({"event": "committed", "generation": generation})
 
     def roll_back(self, reason: str) -> dict[str, Any]:
         """Back to the head before; raises EdgeError where that can't be written down."""

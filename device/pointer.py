@@ -54,6 +54,11 @@ def readable(state: Path) -> list[Pointer]:
     return found
 
 
+def naming(state: Path, generation: int) -> Pointer | None:
+    """The pointer that puts `generation` in force; None if none does. Reads no generation."""
+    return next((p for p in readable(state) if p.generation == generation), None)
+
+
 def write(state: Path, name: str, pointer: Pointer) -> None:
     """Replace CURRENT or CURRENT.bak; the sequence is set here. Raises StateError."""
     sequence = 1 + max((p.sequence for p in readable(state)), default=0)

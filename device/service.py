@@ -18,7 +18,7 @@ import numpy as np
 from edgesolve.device.adapt import Options
 from edgesolve.device.bundle import Bundle
 from edgesolve.device.control import COMMANDS, Requests
-from edgesolve.device.errors import EdgeError, UsageError
+from edgesolve.device.errors import BusyError, EdgeError, UsageError
 from edgesolve.device.inference import Inference
 from edgesolve.device.learner import Learner, LearnOptions
 from edgesolve.device.metrics import Metrics, Silent, open_metrics
@@ -37,7 +37,6 @@ WAIT_S = 0.05
 STEP_S = 0.2
 SNAPSHOT_S = 1.0
 ALIVE_S = 30.0
-IDLE_S = 300.0
 BOOK_S = 3600.0
 
 
@@ -218,8 +217,11 @@ class Service:
             return
         swap, self._swap = self._swap, None
         self.learner.loaded()
+        if isinstance(swap.error, BusyError):
+            self.learner.reload = True
+            return
         if swap.runtime is None:
-            self._event({"event": "kept", "reason": "parity_failed", "sentence": swap.error})
+            self._event({"event": "kept", "reason": "parity_failed", "sentence": str(swap.error)})
             with contextlib.suppress(EdgeError):
                 self.learner.roll_back("parity_failed")
             return

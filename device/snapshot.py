@@ -92,15 +92,15 @@ def snapshot(
 def stored(bundle: Bundle, store: Store, generation: int) -> dict[str, Any]:
     """Candidate, generations, and what the pointer says: read from the state folder."""
     found = store.candidate(bundle.sha256)
-    at = next(iter(pointer.readable(store.path)), None)
-    mine = at is not None and at.generation == generation
-    rows = generations(store, generation, at.committed if mine else True)
+    at = pointer.naming(store.path, generation)
+    committed = at is None or at.committed
+    rows = generations(store, generation, committed)
     return {
         "candidate": found and proposal(found),
         "generations": rows,
         "in_force": next((r for r in rows if r["in_force"]), None),
-        "committed": at.committed if mine else True,
-        "tries_left": at.tries_left if mine else 0,
+        "committed": committed,
+        "tries_left": at.tries_left if at else 0,
     }
 
 

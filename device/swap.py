@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 
+from edgesolve.device import pointer
 from edgesolve.device.bundle import Bundle
-from edgesolve.device.errors import BusyError, EdgeError, ParityError
+from edgesolve.device.errors import BusyError, ParityError
 from edgesolve.device.runtime import Runtime, open_generation
 from edgesolve.device.store import Store
 
@@ -20,7 +21,7 @@ class Swap:
 
     def __init__(self, bundle: Bundle, backend: str, state, threads: int):
         self.runtime: Runtime | None = None
-        self.error: str = ""
+        self.error: Exception | None = None
         self.uncommitted = False
         self._arguments = (bundle, backend, Store(state), threads)
         self._thread = threading.Thread(target=self._open, name="edgesolve-swap", daemon=True)
@@ -36,10 +37,8 @@ class Swap:
     def _open(self) -> None:
         try:
             self.runtime, self.uncommitted = self._patiently()
-        except EdgeError as error:
-            self.error = str(error)
-        except Exception as error:
-            self.error = f"{type(error).__name__}: {error}"
+        except Exception as error:  # the loop's to judge: this thread must not die unheard
+            self.error = error
 
     def _patiently(self) -> tuple[Runtime, bool]:
         """Somebody else's command may hold the state for a moment."""
@@ -61,9 +60,8 @@ def opened(bundle: Bundle, backend: str, store: Store, threads: int) -> tuple[Ru
     found = store.start(bundle.sha256)
     runtime = open_generation(bundle, backend, found, list(store.notes), threads)
     check(runtime)
-    pointer = store.pointer()
-    uncommitted = bool(runtime.generation and pointer and not pointer["committed"])
-    return runtime, uncommitted
+    at = pointer.naming(store.path, runtime.generation)
+    return runtime, at is not None and not at.committed
 
 
 def check(runtime: Runtime) -> None:

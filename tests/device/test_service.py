@@ -208,6 +208,17 @@ def test_a_head_that_fails_is_taken_back(serving, frames, monkeypatch):
     running.until(lambda s: s["skipped"].get("cooldown"))
 
 
+def test_a_probation_goes_on_while_somebody_holds_the_state(serving, frames, tmp_path):
+    running = serving(probation_s=0.5)
+    running.fed.frames = list(frames.window)
+    running.wait_for("swapped")
+    with Store(tmp_path / "state").lock():
+        refused = running.wait_for("kept")
+        assert refused["reason"] == "write_failed"
+        assert running.service.learner.probation is not None
+    running.wait_for("committed")
+
+
 def test_a_child_that_dies_changes_nothing(serving, frames):
     running = serving()
     running.fed.frames = list(frames.window)
